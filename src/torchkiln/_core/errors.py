@@ -1,0 +1,55 @@
+"""The exceptions torchkiln raises, each also the built-in that torch raises in its place.
+
+::
+
+    Exception
+    +-- TorchkilnError
+        +-- ParametrizationError (ValueError)   a parametrization, tensor or model is not what the call needs
+        |   +-- NothingToFoldError              a strict bake found nothing to do
+        +-- InverseError (RuntimeError)         assignment needs a right_inverse that is not there
+        +-- CheckpointError (ValueError)        a file cannot be read, understood or written
+            +-- OutputExistsError (FileExistsError)
+
+Messages say where, what was expected, what was got, and what to do, in at most three lines; where torch has a
+message for the same misuse, ours begins with torch's text.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "InverseError",
+    "NothingToFoldError",
+    "OutputExistsError",
+    "ParametrizationError",
+    "TorchkilnError",
+    "TorchkilnWarning",
+]
+
+
+class TorchkilnError(Exception):
+    """The root: ``except TorchkilnError`` catches whatever torchkiln raises on purpose."""
+
+
+class ParametrizationError(TorchkilnError, ValueError):
+    """A parametrization, a tensor or a model is not what the call needs."""
+
+
+class NothingToFoldError(ParametrizationError):
+    """A strict bake or restore found nothing to do."""
+
+
+class InverseError(TorchkilnError, RuntimeError):
+    """A parametrized tensor was assigned to, and a step has no ``right_inverse``."""
+
+
+class CheckpointError(TorchkilnError, ValueError):
+    """A checkpoint file cannot be read, understood or written."""
+
+
+class OutputExistsError(CheckpointError, FileExistsError):
+    """The output exists and the caller did not ask to replace it."""
+
+
+class TorchkilnWarning(UserWarning):
+    """Something was done that the caller may not expect; nothing is wrong yet."""
