@@ -24,6 +24,7 @@ __all__ = [
     "ParametrizationError",
     "TorchkilnError",
     "TorchkilnWarning",
+    "describe",
 ]
 
 
@@ -53,3 +54,9 @@ class OutputExistsError(CheckpointError, FileExistsError):
 
 class TorchkilnWarning(UserWarning):
     """Something was done that the caller may not expect; nothing is wrong yet."""
+
+
+def describe(module: object) -> str:
+    """Return ``module``'s repr where it is one line, else its class alone: messages never print a whole model."""
+    text = repr(module)
+    return text if "\n" not in text else f"{type(module).__name__}(...)"

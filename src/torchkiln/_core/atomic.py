@@ -1,0 +1,29 @@
+"""All or nothing: a module is as it was when a change to it fails half way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ["all_or_nothing"]
+
+
+@contextmanager
+def all_or_nothing(module: nn.Module) -> Iterator[None]:
+    """Put back ``module``'s class, tensors and submodules, in their order, if the block raises."""
+    cls = type(module)
+    containers: list[Any] = [module._parameters, module._buffers, module._non_persistent_buffers_set, module._modules]
+    if "parametrizations" in module._modules:
+        containers.append(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]  # it is no None
+    contents = [container.copy() for container in containers]
+    try:
+        yield
+    except BaseException:
+        for container, content in zip(containers, contents, strict=True):
+            container.clear()
+            container.update(content)
+        object.__setattr__(module, "__class__", cls)
+        raise

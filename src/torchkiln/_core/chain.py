@@ -1,0 +1,256 @@
+"""The chain of one tensor: its originals, and the steps that compute the tensor from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torchkiln._core.checks import check_alike, check_output, initial_inverse, is_opaque
+from torchkiln._core.errors import InverseError, ParametrizationError
+
+__all__ = [
+    "ParametrizationList",
+    "chains_of",
+    "is_parametrized",
+    "original_names",
+    "register_tensor",
+    "set_data",
+    "steps_of",
+]
+
+
+class ParametrizationList(nn.ModuleList):
+    """Hold the original tensors of a parametrized tensor and the steps that compute it from them.
+
+    It is what ``module.parametrizations[tensor_name]`` is. The steps are its items; the tensor they start from is
+    ``original``, or ``original0, original1, ...`` where the first step's ``right_inverse`` returns a sequence. Made by
+    :func:`~torchkiln.parametrize.register_parametrization`, not by hand.
+
+    Args:
+        modules: The steps, first to last; at least one.
+        original: The parameter or buffer to parametrize. Where there is one original it stays this very object and
+            takes the data of the right inverse.
+        unsafe: Whether the steps may change the dtype and shape of the tensor; nothing is checked then.
+
+    Attributes:
+        is_tensor: Whether there is one original, named ``original``.
+        ntensors: How many originals there are.
+        unsafe: As above; appending an unsafe step turns it on.
+
+    Raises:
+        ParametrizationError: A step returns no tensor, or one of another dtype, shape or device than it must.
+    """
+
+    original: Tensor
+    unsafe: bool
+    is_tensor: bool
+    ntensors: int
+    followers: tuple[str, ...] = ()  # the tensors that came after this one in its module
+
+    def __init__(self, modules: Sequence[nn.Module], original: Tensor, unsafe: bool = False) -> None:
+        if len(modules) == 0:
+            raise ParametrizationError("ParametrizationList requires one or more modules.")
+        super().__init__(modules)
+        self.unsafe = unsafe
+        with torch.no_grad():
+            inverse = initial_inverse(modules, original)
+        self.is_tensor = isinstance(inverse, Tensor)
+        self.ntensors = 1 if isinstance(inverse, Tensor) else len(inverse)
+        if isinstance(inverse, Tensor):
+            heading = "When `right_inverse` outputs one tensor, it may not change the {}."
+            check_alike(
+                original, inverse, heading, ("original.{}", "right_inverse(original).{}"), "dtype", "device"
+            )
+            # The checks run on a stand-in, so that a refused registration leaves the original as it was.
+            register_tensor(self, "original", _like_original(inverse, original))
+        else:
+            self._hold_sequence(inverse, original)
+        if not unsafe:
+            check_output(original, self(), "`unsafe` flag", ("unparametrized {}", "parametrized {}"))
+        if isinstance(inverse, Tensor):
+            del self.original
+            set_data(original, inverse)
+            register_tensor(self, "original", original)
+
+    def _hold_sequence(self, inverse: Sequence[Any], original: Tensor) -> None:
+        for index, element in enumerate(inverse):
+            if not isinstance(element, Tensor) and not is_opaque(element, index):
+                raise ParametrizationError(
+                    "'right_inverse' must return a Tensor or a Sequence of tensors (list, tuple...). "
+                    f"Got element {index} of the sequence with type {type(element).__name__}."
+                )
+        for index, element in enumerate(inverse):
+            if isinstance(element, Tensor):
+                register_tensor(self, f"original{index}", _like_original(element, original))
+            else:
+                setattr(self, f"original{index}", element)
+
+    def originals(self) -> tuple[Any, ...]:
+        """Return the originals in the order in which the first step takes them."""
+        return tuple(getattr(self, name) for name in original_names(self))
+
+    def forward(self) -> Tensor:
+        """Compute the tensor from its originals."""
+        steps = self._modules
+        x: Tensor = steps["0"](*self.originals())
+        index = 1
+        while (step := steps.get(str(index))) is not None:
+            x = step(x)
+            index += 1
+        return x
+
+    def right_inverse(self, value: Tensor) -> None:
+        """Set the originals so that the chain computes ``value``, or its projection on what it can compute.
+
+        Args:
+            value: The tensor to compute from now on.
+
+        Raises:
+            InverseError: A step has no ``right_inverse``.
+            ParametrizationError: A ``right_inverse`` returns something else than it did on registration; the
+                originals are unchanged then.
+        """
+        with torch.no_grad():
+            inverse: Any = value
+            for step in reversed(steps_of(self)):
+                if not hasattr(step, "right_inverse"):
+                    raise InverseError(
+                        f"parametrization {type(step).__name__} does not implement right_inverse."
+                    )
+                inverse = step.right_inverse(inverse)  # type: ignore[operator]  # mypy: Tensor | Module
+            if self.is_tensor:
+                self._assign_single(inverse)
+            else:
+                self._assign_sequence(inverse)
+
+    def _assign_single(self, inverse: Any) -> None:
+        if not isinstance(inverse, Tensor):
+            raise ParametrizationError(
+                f"`right_inverse` should return a tensor. Got {type(inverse).__name__}"
+            )
+        if inverse.dtype != self.original.dtype:
+            raise ParametrizationError(
+                f"The tensor returned by `right_inverse` has dtype {inverse.dtype} "
+                f"while `original` has dtype {self.original.dtype}"
+            )
+        if "original" in self._parameters or "original" in self._buffers:
+            set_data(self.original, inverse)
+        else:  # the original is itself parametrized: its own chain takes the value
+            self.original = inverse
+
+    def _assign_sequence(self, inverse: Any) -> None:
+        if not isinstance(inverse, Sequence):
+            raise ParametrizationError(
+                f"'right_inverse' must return a sequence of tensors. Got {type(inverse).__name__}."
+            )
+        if len(inverse) != self.ntensors:
+            raise ParametrizationError(
+                f"'right_inverse' must return a sequence of tensors of length {self.ntensors}. "
+                f"Got a sequence of length {len(inverse)}."
+            )
+        for index, element in enumerate(inverse):
+            self._check_element(index, element)
+        for index, element in enumerate(inverse):
+            name = f"original{index}"
+            if isinstance(element, Tensor) and (name in self._parameters or name in self._buffers):
+                set_data(getattr(self, name), element)
+            else:
+                setattr(self, name, element)
+
+    def _check_element(self, index: int, element: Any) -> None:
+        if isinstance(element, Tensor):
+            expected = getattr(self, f"original{index}").dtype
+            if expected != element.dtype:
+                raise ParametrizationError(
+                    f"Tensor {index} returned by `right_inverse` has dtype {element.dtype} "
+                    f"while `original{index}` has dtype {expected}"
+                )
+        elif not is_opaque(element, index):
+            raise ParametrizationError(
+                "'right_inverse' must return a sequence of tensors or reference-type opaques. "
+                f"Got element {index} of type {type(element).__name__}."
+            )
+
+
+def is_parametrized(module: nn.Module, tensor_name: str | None = None) -> bool:
+    """Return whether a tensor of ``module`` is parametrized, by torchkiln or by torch.
+
+    Args:
+        module: The module to ask.
+        tensor_name: The tensor to ask for; any of the module's own where it is None.
+
+    Example:
+        >>> from torch import nn
+        >>> from torchkiln import parametrize, parametrizations
+        >>> layer = parametrizations.weight_norm(nn.Linear(3, 3))
+        >>> parametrize.is_parametrized(layer, "weight"), parametrize.is_parametrized(layer, "bias")
+        (True, False)
+    """
+    parametrizations: object = getattr(module, "parametrizations", None)
+    if not isinstance(parametrizations, nn.ModuleDict):
+        return False
+    return len(parametrizations) > 0 if tensor_name is None else tensor_name in parametrizations
+
+
+def chains_of(module: nn.Module) -> dict[str, Any]:
+    """Return the chains of a parametrized module, ours or torch's, by tensor name.
+
+    The plain dict inside the ``ModuleDict``, which refuses names such as "keys".
+    """
+    chains = module._modules["parametrizations"]
+    return chains._modules  # type: ignore[union-attr]  # a parametrized module has it
+
+
+def original_names(chain: Any) -> list[str]:
+    """Return the names of a chain's originals, ours or torch's."""
+    return ["original"] if chain.is_tensor else [f"original{index}" for index in range(chain.ntensors)]
+
+
+def steps_of(chain: nn.Module) -> list[nn.Module]:
+    """Return the steps of a chain, ours or torch's, first to last.
+
+    They are the items ``0, 1, ...``; a chain whose original is parametrized has another submodule beside them.
+    """
+    return list(_iterate_steps(chain))
+
+
+def _iterate_steps(chain: nn.Module) -> Iterator[nn.Module]:
+    for index in count():
+        step = chain._modules.get(str(index))
+        if step is None:
+            return
+        yield step
+
+
+def register_tensor(module: nn.Module, name: str, tensor: Tensor, *, persistent: bool = True) -> None:
+    """Register ``tensor`` on ``module`` as what it is: a parameter or a buffer."""
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(name, tensor)
+    else:
+        module.register_buffer(name, tensor, persistent=persistent)
+
+
+def set_data(target: Tensor, source: Tensor) -> None:
+    """Let ``target`` have the data, shape and strides of ``source`` and stay the same object."""
+    if source is target:
+        return
+    wrapped: bool = is_traceable_wrapper_subclass(target)
+    with torch.no_grad():
+        if wrapped or torch.__future__.get_swap_module_params_on_conversion():
+            if isinstance(target, nn.Parameter) and not isinstance(source, nn.Parameter):
+                source = nn.Parameter(source, requires_grad=target.requires_grad)
+            torch.utils.swap_tensors(target, source)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        else:
+            target.set_(source)  # type: ignore[call-overload]  # typeshed of torch lacks this overload
+
+
+def _like_original(tensor: Tensor, original: Tensor) -> Tensor:
+    """Return ``tensor`` as a parameter or a buffer, requiring grad, as ``original`` is and does."""
+    if isinstance(original, nn.Parameter):
+        return nn.Parameter(tensor, original.requires_grad)
+    return tensor.detach().requires_grad_(original.requires_grad)

@@ -1,0 +1,202 @@
+"""The one file that touches ``module.__class__``: the class that makes a tensor's name a computed property.
+
+A parametrized module gets the class ``Parametrized<Base>``, of which there is one for each (base class, set of
+tensor names); equal layers therefore have equal types. Its property evaluates the chain that the *instance* holds
+under that name, and falls back to the plain tensor where the instance holds none, so instances never affect each
+other. See ``README.md`` beside this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import weakref
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from torchkiln._core.cache import any_scope_open, cached_value
+
+__all__ = ["base_class", "chain_of", "parametrized_class", "set_names"]
+
+# Some code compares the whole class name with torch's (brevitas does), and fx decides by it what a leaf is.
+_MODULE = "torch.nn.utils.parametrize"
+
+# Weak on both sides: neither a user's class nor an injected class lives longer than its users.
+_classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple[str, ...], type]]
+_classes = weakref.WeakKeyDictionary()
+
+
+class ParametrizedMeta(type):
+    """The class of injected classes: it pickles them, and shields the shared ones from torch's own functions.
+
+    ``torch.nn.utils.parametrize`` deletes and sets properties on ``module.__class__``, which it takes for this
+    module's alone. A deleted name stays, since the property falls back to the plain tensor; a property that
+    torch sets becomes ours, which evaluates torch's chains as well.
+    """
+
+    _parametrized_names: tuple[str, ...]
+
+    def __delattr__(cls, attribute: str) -> None:
+        if not isinstance(vars(cls).get(attribute), _TensorProperty):
+            super().__delattr__(attribute)
+
+    def __setattr__(cls, attribute: str, value: object) -> None:
+        if type(value) is property and attribute not in vars(cls):
+            value = _tensor_property(cls, attribute)
+        super().__setattr__(attribute, value)
+
+
+class _TensorProperty(property):
+    """A property made by this file."""
+
+
+def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """Return the one class that extends ``base`` by computed properties for ``names``."""
+    names = tuple(sorted(names))
+    known = _classes.setdefault(base, weakref.WeakValueDictionary())
+    cls = known.get(names)
+    if cls is None:
+        cls = known[names] = _new_class(base, names)
+    return cls
+
+
+def _new_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    name = f"Parametrized{base.__name__}"
+    namespace = {
+        "__module__": _MODULE,
+        "__qualname__": name,
+        "__reduce_ex__": _reduce_ex,
+        "__prepare_scriptable__": _refuse_scripting,
+    }
+    if copyreg._slotnames(base) and not hasattr(base, "__deepcopy__"):  # type: ignore[attr-defined]  # not in typeshed
+        namespace["__deepcopy__"] = _deepcopy_with_slots
+    cls = _metaclass(base)(name, (base,), {**namespace, "_parametrized_names": names})
+    for tensor_name in names:
+        type.__setattr__(cls, tensor_name, _tensor_property(cls, tensor_name))
+    return cast(type[nn.Module], cls)
+
+
+def _metaclass(base: type) -> type[ParametrizedMeta]:
+    if issubclass(ParametrizedMeta, type(base)):
+        return ParametrizedMeta
+    meta = cast(
+        type[ParametrizedMeta], type(f"Parametrized{type(base).__name__}", (ParametrizedMeta, type(base)), {})
+    )
+    copyreg.pickle(meta, _reduce_class)
+    return meta
+
+
+def chain_of(module: nn.Module, name: str) -> Any:
+    """Return the chain that computes ``module``'s tensor ``name``, or None where it is a plain tensor."""
+    parametrizations = module._modules.get("parametrizations")
+    return None if parametrizations is None else parametrizations._modules.get(name)
+
+
+def _tensor_property(cls: type, name: str) -> _TensorProperty:
+    # cls is held by the property it holds: a cycle that dies with the class.
+    def read(self: nn.Module) -> Any:
+        chain = chain_of(self, name)
+        if chain is None:
+            return _plain_attribute(cls, self, name)
+        try:
+            return cached_value(self, name, chain) if any_scope_open.flag else chain()
+        except AttributeError as error:
+            # nn.Module.__getattr__ would run next and report the tensor itself as missing.
+            raise RuntimeError(f"the parametrization of {name!r} raised AttributeError: {error}") from error
+
+    def write(self: nn.Module, value: Tensor) -> None:
+        chain = chain_of(self, name)
+        if chain is None:
+            self.__dict__[name] = value
+        else:
+            chain.right_inverse(value)
+
+    return _TensorProperty(read, write)
+
+
+def _refuse_scripting(self: nn.Module) -> nn.Module:
+    """Stop ``torch.jit.script``, which asks every module by this method what to compile."""
+    raise RuntimeError(
+        "Parametrization is not working with scripting.\n"
+        "Script the folded model: torchkiln.bake(model), or trace or export it as it is."
+    )
+
+
+def _plain_attribute(cls: type, module: nn.Module, name: str) -> Any:
+    """Look ``name`` up as if ``cls`` had no such property; parameters and buffers are ``__getattr__``'s, as ever."""
+    if name in module.__dict__:
+        return module.__dict__[name]
+    return getattr(super(cls, module), name)
+
+
+def base_class(cls: type) -> type[nn.Module] | None:
+    """Return the class that ``cls``'s injected class extends, or None where there is none in it.
+
+    Others inject classes on top of ours (FSDP's ``FSDPModule``), so the whole resolution order is searched.
+    """
+    return next((parent.__bases__[0] for parent in cls.__mro__ if _is_injected(parent)), None)
+
+
+def _is_injected(cls: type) -> bool:
+    ours = "_parametrized_names" in vars(cls)
+    return ours or (
+        cls.__module__ == _MODULE and cls.__name__.startswith("Parametrized") and len(cls.__bases__) == 1
+    )
+
+
+def set_names(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Give ``module`` the class in which just ``names`` are computed; its own class again where there are none."""
+    cls = type(module)
+    base = base_class(cls) or cls
+    wanted = parametrized_class(base, names) if names else base
+    new = wanted if base is cls else _exchange(cls, wanted)
+    # Around any __setattr__ of the user's class.
+    object.__setattr__(module, "__class__", new)
+
+
+def _exchange(cls: type, wanted: type) -> type:
+    """Return ``cls`` with the injected class in it, or under it, exchanged for ``wanted``."""
+    if _is_injected(cls):
+        return wanted
+    bases = tuple(_exchange(parent, wanted) if base_class(parent) else parent for parent in cls.__bases__)
+    namespace = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    metaclass = type(wanted) if issubclass(type(wanted), type(cls)) else type(cls)
+    return metaclass(cls.__name__, bases, namespace)
+
+
+# --- copies and pickles -------------------------------------------------------------------------------------------
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    """Pickle and copy by (base class, names): the injected class has no importable name."""
+    cls: Any = next(parent for parent in type(self).__mro__ if "_parametrized_names" in vars(parent))
+    reduced = super(cls, self).__reduce_ex__(max(2, int(protocol)))
+    if cls is not type(self) or reduced[0] is not copyreg.__newobj__ or reduced[1][0] is not cls:  # type: ignore[attr-defined]  # not in typeshed
+        return reduced  # the user's class says itself how to make it
+    return (_new_instance, (base_class(cls), vars(cls)["_parametrized_names"], *reduced[1][1:]), *reduced[2:])
+
+
+def _new_instance(base: type[nn.Module], names: tuple[str, ...], *args: object) -> nn.Module:
+    cls = parametrized_class(base, names)
+    return cls.__new__(cls, *args)
+
+
+def _reduce_class(cls: ParametrizedMeta) -> Any:
+    if "_parametrized_names" not in vars(cls):
+        return cls.__qualname__  # a class made on top of ours: by its own name
+    return (parametrized_class, (base_class(cls), cls._parametrized_names))
+
+
+copyreg.pickle(ParametrizedMeta, _reduce_class)
+
+
+def _deepcopy_with_slots(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy slots as well: ``nn.Module.__setstate__`` takes the ``__dict__`` alone."""
+    replica = type(self).__new__(type(self))
+    memo[id(self)] = replica
+    replica.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    for slot in copyreg._slotnames(type(self)):  # type: ignore[attr-defined]  # not in typeshed
+        if hasattr(self, slot):
+            setattr(replica, slot, copy.deepcopy(getattr(self, slot), memo))
+    return replica

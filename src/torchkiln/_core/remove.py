@@ -1,0 +1,200 @@
+"""Remove: take a tensor's parametrization out again, and leave a plain tensor in its old place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchkiln._core.atomic import all_or_nothing
+from torchkiln._core.chain import chains_of, is_parametrized, original_names, register_tensor, set_data
+from torchkiln._core.errors import ParametrizationError, describe
+from torchkiln._core.inject import base_class, chain_of, set_names
+from torchkiln._core.state import value_at_rest
+
+__all__ = [
+    "computed_value",
+    "leaf_originals",
+    "remove_parametrizations",
+    "settle",
+    "surviving_original",
+    "type_before_parametrizations",
+]
+
+
+def remove_parametrizations(
+    module: nn.Module, tensor_name: str, leave_parametrized: bool = True
+) -> nn.Module:
+    """Make a parametrized tensor of ``module`` a plain one again.
+
+    The tensor returns to its old place among the parameters or buffers, and the module to its own class once nothing
+    of it is parametrized. With one original the parameter object stays the same, so an optimizer that has it keeps
+    working; a tensor computed from several originals becomes a new parameter (or buffer, as it was).
+
+    The state of a step does not advance: the value is the one that the last read returned.
+
+    Args:
+        module: The module that holds the tensor.
+        tensor_name: The parametrized tensor.
+        leave_parametrized: True leaves the computed value, in its dtype; False puts the original back, which
+            is possible only where there is one.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ParametrizationError: The tensor is not parametrized, or ``leave_parametrized`` is False and the tensor is
+            computed from several originals. ``module`` is unchanged.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torchkiln import parametrizations, parametrize
+        >>> layer = parametrizations.weight_norm(nn.Linear(3, 3))
+        >>> before = layer.weight
+        >>> torch.equal(parametrize.remove_parametrizations(layer, "weight").weight, before)
+        True
+        >>> type(layer).__name__, list(layer.state_dict())
+        ('Linear', ['weight', 'bias'])
+    """
+    if not is_parametrized(module, tensor_name):
+        raise ParametrizationError(
+            f"Module {describe(module)} does not have a parametrization on {tensor_name}"
+        )
+    chain = chains_of(module)[tensor_name]
+    if leave_parametrized:
+        value = computed_value(chain)
+    elif chain.is_tensor:
+        value = chain.original.detach()
+    else:
+        raise ParametrizationError(
+            "Cannot leave unparametrized (`leave_parametrized=False`) a tensor "
+            "that is parametrized in terms of a sequence of tensors."
+        )
+    settle(module, tensor_name, value)
+    return module
+
+
+def type_before_parametrizations(module: nn.Module) -> type:
+    """Return the class that ``module`` had before it was parametrized; its class where it is not.
+
+    Example:
+        >>> from torch import nn
+        >>> from torchkiln import parametrize, parametrizations
+        >>> layer = parametrizations.weight_norm(nn.Linear(3, 3))
+        >>> type(layer).__name__, parametrize.type_before_parametrizations(layer).__name__
+        ('ParametrizedLinear', 'Linear')
+    """
+    cls = type(module)
+    return (base_class(cls) or cls) if is_parametrized(module) else cls
+
+
+def computed_value(chain: nn.Module) -> Tensor:
+    """Return the chain's value with data of its own, laid out as an original of its shape is."""
+    with torch.no_grad():
+        value = value_at_rest(chain)
+    if value is surviving_original(chain):
+        return value
+    value = value.detach()
+    strides = {original.stride() for original in leaf_originals(chain) if original.shape == value.shape}
+    if strides and value.stride() not in strides:
+        value = value.contiguous()
+    return value.clone() if _is_shared(value, chain) else value
+
+
+def _is_shared(value: Tensor, chain: nn.Module) -> bool:
+    """Return whether another tensor of the chain, or another element of ``value``, has the same memory."""
+    if type(value) is not Tensor or value.layout is not torch.strided:
+        return False
+    storage = value.untyped_storage()
+    pointers = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*chain.parameters(), *chain.buffers())
+        if tensor.layout is torch.strided and not isinstance(tensor, nn.UninitializedParameter)
+    }
+    return storage.data_ptr() in pointers or storage.nbytes() != value.numel() * value.element_size()
+
+
+def leaf_originals(chain: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors the chain starts from; where an original is parametrized, those that it starts from."""
+    for name in original_names(chain):
+        inner = chain_of(chain, name)
+        if inner is not None:
+            yield from leaf_originals(inner)
+        elif isinstance(original := getattr(chain, name), Tensor):
+            yield original
+
+
+def surviving_original(chain: nn.Module) -> Tensor | None:
+    """Return the one tensor that the chain starts from, or None where it starts from several."""
+    leaves = list(leaf_originals(chain))
+    return leaves[0] if len(leaves) == 1 else None
+
+
+def settle(module: nn.Module, name: str, value: Tensor, *, keep_object: bool = True) -> None:
+    """Replace the chain of ``module``'s tensor ``name`` by a plain tensor with ``value``.
+
+    Args:
+        module: The module that holds the tensor.
+        name: The parametrized tensor.
+        value: Its value from now on; its memory is taken over.
+        keep_object: Let the one original be the tensor, where there is one and ``value`` has its dtype and
+            device. False makes a new tensor, for an original that is in use elsewhere.
+    """
+    chain = chains_of(module)[name]
+    survivor = surviving_original(chain) if keep_object else None
+    if survivor is None or (survivor.dtype, survivor.device) != (value.dtype, value.device):
+        _put_back(module, name, _new_tensor(value, chain))
+        return
+    before = survivor.detach()
+    try:
+        _take_over(survivor, value)
+        _put_back(module, name, survivor)
+    except BaseException:
+        set_data(survivor, before)
+        raise
+
+
+def _take_over(survivor: Tensor, value: Tensor) -> None:
+    try:
+        set_data(survivor, value)
+    except RuntimeError as error:
+        if type(survivor) in (Tensor, nn.Parameter):
+            raise
+        raise RuntimeError(
+            "Calling remove_parametrizations() with leave_parametrized=True for a parameter that is an instance of "
+            f"a tensor subclass ({type(survivor).__name__}) requires set_() to be implemented correctly for it.\n"
+            "Pass leave_parametrized=False, implement set_(), or call "
+            "torch.__future__.set_swap_module_params_on_conversion(True)."
+        ) from error
+
+
+def _new_tensor(value: Tensor, chain: nn.Module) -> Tensor:
+    """Return ``value`` as a parameter where a parameter was parametrized, frozen or not, else as a buffer."""
+    if not any(isinstance(original, nn.Parameter) for original in leaf_originals(chain)):
+        return value.detach()
+    trains = any(parameter.requires_grad for parameter in chain.parameters())
+    return nn.Parameter(value.detach(), trains and (value.is_floating_point() or value.is_complex()))
+
+
+def _put_back(module: nn.Module, name: str, tensor: Tensor) -> None:
+    with all_or_nothing(module):
+        chains = chains_of(module)
+        chain = chains.pop(name)
+        if not chains:
+            del module._modules["parametrizations"]
+        set_names(module, tuple(chains))
+        register_tensor(module, name, tensor, persistent=not chain._non_persistent_buffers_set)
+        tensors: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        _move_before(tensors, name, getattr(chain, "followers", ()))
+
+
+def _move_before(tensors: dict[str, Any], name: str, followers: tuple[str, ...]) -> None:
+    """Move the last entry of ``tensors``, ``name``, before the first of ``followers`` that is there."""
+    keys = list(tensors)
+    first = next((keys.index(follower) for follower in followers if follower in tensors), len(keys))
+    for key in keys[first:]:
+        if key != name:
+            tensors[key] = tensors.pop(key)

@@ -1,0 +1,1 @@
+"""The catalogue of parametrizations, grouped by the mathematics they share."""

@@ -1,0 +1,361 @@
+"""Drop-in for ``torch.nn.utils.parametrizations``: orthogonal, spectral norm and weight norm.
+
+The functions, their defaults, the random numbers they draw, their state-dict keys and the classes that the repr shows
+are torch's; the maths is in ``families/_maps.py``.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchkiln._core.errors import ParametrizationError
+from torchkiln.families import _maps
+from torchkiln.parametrize import is_parametrized, register_parametrization
+
+__all__ = ["orthogonal", "spectral_norm", "weight_norm"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    tensor = getattr(module, name, None)
+    if not isinstance(tensor, Tensor):
+        raise ParametrizationError(f"Module '{module}' has no parameter or buffer with name '{name}'")
+    return tensor
+
+
+# --- orthogonal ---------------------------------------------------------------------------------------------------
+
+
+class _OrthMaps(Enum):
+    """The maps from a free matrix to an orthogonal one."""
+
+    matrix_exp = auto()
+    cayley = auto()
+    householder = auto()
+
+
+_MAPS = {
+    _OrthMaps.matrix_exp: _maps.exponential,
+    _OrthMaps.cayley: _maps.cayley,
+    _OrthMaps.householder: _maps.householder,
+}
+
+
+class _Orthogonal(nn.Module):
+    """The step behind :func:`orthogonal`: ``base @ map(X)``, of the transposed matrix where it is wide."""
+
+    base: Tensor | None
+
+    def __init__(self, weight: Tensor, orthogonal_map: _OrthMaps, *, use_trivialization: bool = True) -> None:
+        super().__init__()
+        if weight.is_complex() and orthogonal_map is _OrthMaps.householder:
+            # The reflectors of a complex matrix do not determine its factors tau.
+            raise ParametrizationError("The householder parametrization does not support complex tensors.")
+        self.shape = weight.shape
+        self.orthogonal_map = orthogonal_map
+        if use_trivialization:
+            self.register_buffer("base", None)
+
+    def forward(self, X: Tensor) -> Tensor:
+        wide = X.shape[-2] < X.shape[-1]
+        with _maps.full_precision(X):
+            tall = _maps.widen(X.mT if wide else X)
+            Q = _MAPS[self.orthogonal_map](tall)
+            base = self._buffers.get("base")
+            if base is not None:
+                Q = base.to(Q.dtype) @ Q
+        return (Q.mT if wide else Q).to(X.dtype)
+
+    @torch.no_grad()
+    def right_inverse(self, Q: Tensor) -> Tensor:
+        if Q.shape != self.shape:
+            raise ParametrizationError(
+                f"Expected a matrix or batch of matrices of shape {self.shape}. Got a tensor of shape {Q.shape}."
+            )
+        wide = Q.shape[-2] < Q.shape[-1]
+        tall = Q.mT if wide else Q
+        with _maps.full_precision(Q):
+            if "base" in self._buffers:
+                self.base = _maps.complete_basis(tall)
+                return _minus_identity(Q)
+            X = self._inverse_without_base(_maps.widen(tall)).to(Q.dtype)
+        return X.mT if wide else X
+
+    def _inverse_without_base(self, Q: Tensor) -> Tensor:
+        if self.orthogonal_map is not _OrthMaps.householder:
+            # Their inverse would need the columns of the n x n matrix that the map cuts off.
+            raise NotImplementedError(
+                "It is not possible to assign to the matrix exponential "
+                "or the Cayley parametrizations when use_trivialization=False."
+            )
+        return _maps.householder_inverse(Q)
+
+
+def _minus_identity(Q: Tensor) -> Tensor:
+    """Return the point that every map sends to the first unit vectors: the base itself is then the value."""
+    X = torch.zeros_like(Q)
+    X.diagonal(dim1=-2, dim2=-1).fill_(-1)
+    return X
+
+
+def orthogonal(
+    module: ModuleT,
+    name: str = "weight",
+    orthogonal_map: str | None = None,
+    *,
+    use_trivialization: bool = True,
+) -> ModuleT:
+    r"""Keep a matrix, or a batch of matrices, orthogonal (unitary where it is complex).
+
+    With at least as many rows as columns the columns are orthonormal, :math:`Q^H Q = I`; otherwise the rows are,
+    :math:`Q Q^H = I`. A free matrix :math:`X` of the same shape is trained, and
+
+    .. math::
+        Q = B\, \varphi(X)_{[:, :k]}, \qquad
+        \varphi = \exp(A), \quad (I - A/2)^{-1}(I + A/2) \quad \text{or} \quad H_1 \cdots H_k
+
+    with :math:`A` the skew-Hermitian matrix of the lower triangle of :math:`X` and :math:`H_i` Householder reflectors.
+    The base :math:`B` is the "dynamic trivialization" of arXiv:1909.09501: the value at registration becomes the
+    origin around which the map is well conditioned. It is a buffer, n x n.
+
+    At registration a value that is orthogonal is kept, and any other is replaced by the Q factor of its QR
+    decomposition. Without the base, ``matrix_exp`` and ``cayley`` cannot be assigned to, and their initial value is
+    the map of the old tensor. float16 and bfloat16 are computed in float32 and rounded once.
+
+    Args:
+        module: the module that owns the tensor.
+        name: the tensor's name.
+        orthogonal_map: ``"matrix_exp"``, ``"cayley"`` or ``"householder"``; by default ``"matrix_exp"`` for square and
+            complex matrices, else ``"householder"``, which costs less the thinner the matrix is.
+        use_trivialization: whether to keep the base :math:`B`.
+
+    Shape:
+        ``(*, m, n)``, with any batch dimensions in front.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ParametrizationError: no such tensor, fewer than two dimensions, an unknown map, or a complex tensor under
+            ``"householder"``.
+
+    Example:
+        >>> layer = orthogonal(nn.Linear(20, 40))
+        >>> layer
+        ParametrizedLinear(
+          in_features=20, out_features=40, bias=True
+          (parametrizations): ModuleDict(
+            (weight): ParametrizationList(
+              (0): _Orthogonal()
+            )
+          )
+        )
+        >>> Q = layer.weight
+        >>> torch.allclose(Q.T @ Q, torch.eye(20), atol=1e-5)
+        True
+
+    References:
+        Lezcano-Casado and Martinez-Rubio, "Cheap Orthogonal Constraints", arXiv:1901.08428;
+        Lezcano-Casado, "Trivializations for Gradient-Based Optimization on Manifolds", arXiv:1909.09501.
+    """
+    weight = _tensor(module, name)
+    if weight.ndim < 2:
+        raise ParametrizationError(
+            f"Expected a matrix or batch of matrices. Got a tensor of {weight.ndim} dimensions."
+        )
+    if orthogonal_map is None:
+        square = weight.shape[-2] == weight.shape[-1]
+        orthogonal_map = "matrix_exp" if square or weight.is_complex() else "householder"
+    chosen = _OrthMaps.__members__.get(orthogonal_map)
+    if chosen is None:
+        raise ParametrizationError(
+            'orthogonal_map has to be one of "matrix_exp", "cayley", "householder". ' f"Got: {orthogonal_map}"
+        )
+    step = _Orthogonal(weight, chosen, use_trivialization=use_trivialization)
+    register_parametrization(module, name, step, unsafe=True)
+    return module
+
+
+# --- weight norm --------------------------------------------------------------------------------------------------
+
+
+class _WeightNorm(nn.Module):
+    """The step behind :func:`weight_norm`."""
+
+    def __init__(self, dim: int | None = 0) -> None:
+        super().__init__()
+        self.dim = -1 if dim is None else dim
+
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+        return _maps.weight_normalize(weight_v, weight_g, self.dim)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return _maps.norm_except(weight, self.dim), weight
+
+
+class _LegacyWeightNormKeys:
+    """Let ``load_state_dict`` take ``<name>_g`` and ``<name>_v``, the keys of ``torch.nn.utils.weight_norm``.
+
+    A class of this file rather than a closure, so that the module can be pickled. It does nothing on a module whose
+    tensor has no weight norm (any more).
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+        old = [f"{prefix}{self.name}_{letter}" for letter in "gv"]
+        if is_parametrized(module, self.name) and all(key in state_dict for key in old):
+            for i, key in enumerate(old):
+                state_dict[f"{prefix}parametrizations.{self.name}.original{i}"] = state_dict.pop(key)
+
+
+def weight_norm(module: ModuleT, name: str = "weight", dim: int | None = 0) -> ModuleT:
+    r"""Train a tensor's length and direction apart.
+
+    .. math::
+        W = g\, \frac{V}{\|V\|}
+
+    The length :math:`g` is ``parametrizations.<name>.original0`` and the direction :math:`V` ``original1``; the norm is
+    taken over every dimension but ``dim``, for one length per output channel. State dicts with the keys ``<name>_g``
+    and ``<name>_v`` of the older ``torch.nn.utils.weight_norm`` load as well.
+
+    Args:
+        module: the module that owns the tensor.
+        name: the tensor's name.
+        dim: the dimension that keeps a length for each index. ``None`` gives one length for the whole tensor, and so
+            does -1, as in torch.
+
+    Shape:
+        ``original0`` has the tensor's number of dimensions, all 1 but ``dim`` (no dimensions for ``dim=None``);
+        ``original1`` has the tensor's shape.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ParametrizationError: no such tensor.
+        IndexError: ``dim`` is not a dimension of the tensor.
+
+    Example:
+        >>> layer = weight_norm(nn.Linear(20, 40))
+        >>> layer.parametrizations.weight.original0.shape
+        torch.Size([40, 1])
+        >>> layer.parametrizations.weight.original1.shape
+        torch.Size([40, 20])
+
+    References:
+        Salimans and Kingma, "Weight Normalization", arXiv:1602.07868.
+    """
+    register_parametrization(module, name, _WeightNorm(dim), unsafe=True)
+    known = [getattr(hook, "hook", None) for hook in module._load_state_dict_pre_hooks.values()]
+    if not any(isinstance(hook, _LegacyWeightNormKeys) and hook.name == name for hook in known):
+        module.register_load_state_dict_pre_hook(_LegacyWeightNormKeys(name))
+    return module
+
+
+# --- spectral norm ------------------------------------------------------------------------------------------------
+
+
+class _SpectralNorm(nn.Module):
+    """The step behind :func:`spectral_norm`."""
+
+    # Evaluating it in training mode changes its buffers.
+    advances_state = True
+
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12) -> None:
+        super().__init__()
+        ndim = weight.ndim
+        if not -ndim <= dim < ndim:
+            raise IndexError(
+                f"Dimension out of range (expected to be in range of [-{ndim}, {ndim - 1}] but got {dim})"
+            )
+        if n_power_iterations <= 0:
+            raise ParametrizationError(
+                f"Expected n_power_iterations to be positive, but got n_power_iterations={n_power_iterations}"
+            )
+        self.dim = dim % ndim
+        self.eps = eps
+        if ndim > 1:
+            self.n_power_iterations = n_power_iterations
+            self._start(_maps.as_matrix(weight, self.dim))
+
+    def _start(self, M: Tensor) -> None:
+        with torch.no_grad():
+            u, v = (M.new_empty(length).normal_() for length in M.shape)
+        self.register_buffer("_u", F.normalize(u, dim=0, eps=self.eps))
+        self.register_buffer("_v", F.normalize(v, dim=0, eps=self.eps))
+        _maps.power_iteration(M, self._u, self._v, steps=15, eps=self.eps)
+
+    def _advance(self, weight: Tensor) -> None:
+        M = _maps.as_matrix(weight, self.dim)
+        _maps.power_iteration(M, self._u, self._v, steps=self.n_power_iterations, eps=self.eps)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if weight.ndim == 1:
+            return F.normalize(weight, dim=0, eps=self.eps)
+        if self.training:
+            self._advance(weight)
+        # Copies, because a later read moves the buffers in place while this value may still await its backward.
+        return _maps.spectral_normalize(weight, self._u.clone(), self._v.clone(), self.dim)
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value
+
+
+def spectral_norm(
+    module: ModuleT,
+    name: str = "weight",
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+) -> ModuleT:
+    r"""Divide a tensor by its spectral norm, the largest factor by which its matrix stretches a vector.
+
+    .. math::
+        W_{SN} = \frac{W}{\sigma(W)}, \qquad \sigma(W) = \max_{h \ne 0} \frac{\|W h\|_2}{\|h\|_2} \approx u^H W v
+
+    The matrix has ``dim`` as rows and all other dimensions as columns; a vector is divided by its length. The singular
+    vectors :math:`u` and :math:`v` are the buffers ``_u`` and ``_v``. They start from 15 power iterations on random
+    vectors; each read in training mode runs ``n_power_iterations`` more, a read in eval mode runs none.
+
+    Args:
+        module: the module that owns the tensor.
+        name: the tensor's name.
+        n_power_iterations: power iterations for each read in training mode.
+        eps: smallest norm that is divided by within the power iteration.
+        dim: the dimension of the outputs: 0, and 1 for transposed convolutions.
+
+    Shape:
+        Any but a scalar; ``_u`` has the length of ``dim`` and ``_v`` the product of the others.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ParametrizationError: no such tensor, or ``n_power_iterations`` is not positive.
+        IndexError: ``dim`` is not a dimension of the tensor.
+
+    Example:
+        >>> layer = spectral_norm(nn.Linear(20, 40), n_power_iterations=20).eval()
+        >>> bool(torch.linalg.matrix_norm(layer.weight, 2) < 1.2)
+        True
+
+    References:
+        Miyato et al., "Spectral Normalization for Generative Adversarial Networks", arXiv:1802.05957.
+    """
+    weight = _tensor(module, name)
+    if dim is None:
+        transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        dim = 1 if isinstance(module, transposed) else 0
+    register_parametrization(module, name, _SpectralNorm(weight, n_power_iterations, dim, eps))
+    return module
