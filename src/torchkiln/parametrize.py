@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 
 from torch import Tensor
 
-from torchkiln._core.cache import cached, legacy, scope_depth
+from torchkiln._core.cache import cached, current_scope, get_count, set_count
 from torchkiln._core.chain import ParametrizationList, is_parametrized
 from torchkiln._core.register import register_parametrization, transfer_parametrizations_and_params
 from torchkiln._core.remove import remove_parametrizations, type_before_parametrizations
@@ -28,19 +29,21 @@ class _Module(ModuleType):
 
     @property
     def _cache_enabled(self) -> int:
-        return legacy.count + scope_depth()
+        return get_count()
 
     @_cache_enabled.setter
     def _cache_enabled(self, count: int) -> None:
-        legacy.set_count(count - scope_depth())
+        set_count(count)
 
     @property
     def _cache(self) -> dict[tuple[int, str], Tensor]:
-        return legacy.values
+        return current_scope()
 
     @_cache.setter
-    def _cache(self, values: dict[tuple[int, str], Tensor]) -> None:
-        legacy.replace(values)
+    def _cache(self, values: Mapping[tuple[int, str], Tensor]) -> None:
+        given = dict(values)
+        current_scope().clear()
+        current_scope().update(given)
 
 
 sys.modules[__name__].__class__ = _Module

@@ -6,16 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from torchkiln._core.chain import set_data
 
 __all__ = ["all_or_nothing"]
 
 
 @contextmanager
-def all_or_nothing(module: nn.Module) -> Iterator[None]:
-    """Put back ``module``'s class, tensors and submodules, in their order, if the block raises."""
+def all_or_nothing(module: nn.Module, *tensors: Tensor) -> Iterator[None]:
+    """Put back ``module``'s class, tensors and submodules, and the data of ``tensors``, if the block raises."""
     cls = type(module)
-    containers: list[Any] = [module._parameters, module._buffers, module._non_persistent_buffers_set, module._modules]
+    data = [tensor.detach() for tensor in tensors]
+    containers: list[Any] = [
+        module._parameters,
+        module._buffers,
+        module._non_persistent_buffers_set,
+        module._modules,
+    ]
     if "parametrizations" in module._modules:
         containers.append(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]  # it is no None
     contents = [container.copy() for container in containers]
@@ -26,4 +34,6 @@ def all_or_nothing(module: nn.Module) -> Iterator[None]:
             container.clear()
             container.update(content)
         object.__setattr__(module, "__class__", cls)
+        for tensor, before in zip(tensors, data, strict=True):
+            set_data(tensor, before)
         raise

@@ -18,36 +18,70 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Legacy", "any_scope_open", "cached", "cached_value", "legacy"]
+__all__ = ["any_scope_open", "cached", "cached_value", "current_scope", "get_count", "set_count"]
+
+Key = tuple[int, str]
 
 
-class _Entry(NamedTuple):
-    owner: weakref.ref[nn.Module]
-    fingerprint: tuple[Any, ...]
+class _Proof(NamedTuple):
+    """What an entry was computed from; an entry without one was put in by outside code and is used as it is."""
+
     value: Tensor
+    chain: weakref.ref[nn.Module]
+    fingerprint: tuple[Any, ...]
 
 
-class _Scope:
-    """The values computed since the outermost ``cached()`` of this context was entered."""
+class Scope(dict[Key, Tensor]):
+    """The values computed since the outermost ``cached()`` of a thread or task was entered.
+
+    As a dict from ``(id(module), tensor_name)`` to tensors it is what torch has as ``parametrize._cache``.
+    """
 
     def __init__(self) -> None:
-        self.entries: dict[int, _Entry] = {}
+        super().__init__()
+        self.proofs: dict[Key, _Proof] = {}
+        self.depth = 0
 
-    def value(self, chain: nn.Module) -> Tensor:
-        entry = self.entries.get(id(chain))
-        if entry is not None and entry.owner() is chain and entry.fingerprint == _fingerprint(chain):
-            return entry.value
+    def value(self, key: Key, chain: nn.Module) -> Tensor:
+        """Return the usable entry of ``key``, else ``chain()``, remembered."""
+        known = self.get(key)
+        if known is not None and self._is_usable(known, self.proofs.get(key), chain):
+            return known
         value: Tensor = chain()
-        # Taken after the evaluation: it may have advanced the state of a step.
+        # Taken after the evaluation, which may have advanced the state of a step.
         fingerprint = _fingerprint(chain)
         if fingerprint is not None:
-            forget = self.entries.pop
-            owner = weakref.ref(chain, lambda _, key=id(chain): forget(key, None))  # type: ignore[misc]  # mypy: default argument
-            self.entries[id(chain)] = _Entry(owner, fingerprint, value)
+            self[key] = value
+            self.proofs[key] = _Proof(value, weakref.ref(chain, _Forget(self, key)), fingerprint)
         return value
 
+    @staticmethod
+    def _is_usable(value: Tensor, proof: _Proof | None, chain: nn.Module) -> bool:
+        if proof is None or proof.value is not value:
+            return True
+        return proof.chain() is chain and proof.fingerprint == _fingerprint(chain)
 
-class _Open:
+    def clear(self) -> None:
+        super().clear()
+        self.proofs.clear()
+
+
+class _Forget:
+    """Drop an entry when its chain dies, unless another chain has taken its key."""
+
+    def __init__(self, scope: Scope, key: Key) -> None:
+        self.scope = scope
+        self.key = key
+
+    def __call__(self, chain: weakref.ref[nn.Module]) -> None:
+        proof = self.scope.proofs.get(self.key)
+        if proof is not None and proof.chain is chain:
+            del self.scope.proofs[self.key]
+            if self.scope.get(self.key) is proof.value:
+                del self.scope[self.key]
+
+
+class _OpenScopes:
     """Whether any thread has a scope open: one attribute read on the way to every parametrized tensor.
 
     A plain attribute, because ``torch.compile`` cannot read a ``ContextVar``.
@@ -64,35 +98,11 @@ class _Open:
             self.flag = self.count > 0
 
 
-any_scope_open = _Open()
-_scope: ContextVar[_Scope | None] = ContextVar("torchkiln_cached", default=None)
-
-
-class Legacy:
-    """The process-wide switch that outside code turns by writing ``parametrize._cache_enabled`` and ``._cache``.
-
-    bitsandbytes and axolotl count ``_cache_enabled`` up and down and replace ``_cache``; others insert values under
-    ``(id(module), tensor_name)``. Such writes keep torch's effect: while the switch is on, every thread reads
-    through one scope, and an inserted value is returned as it is.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.scope = _Scope()
-        self.values: dict[tuple[int, str], Tensor] = {}
-
-    def set_count(self, count: int) -> None:
-        any_scope_open.add((count > 0) - (self.count > 0))
-        self.count = count
-        if count <= 0:
-            self.scope = _Scope()
-
-    def replace(self, values: dict[tuple[int, str], Tensor]) -> None:
-        self.values = values
-        self.scope = _Scope()
-
-
-legacy = Legacy()
+any_scope_open = _OpenScopes()
+_scope: ContextVar[Scope | None] = ContextVar("torchkiln_cached", default=None)
+# Outside code (bitsandbytes, axolotl) counts parametrize._cache_enabled up and down, and replaces or fills
+# parametrize._cache. Such writes keep torch's effect: while the count is up, every thread reads through this scope.
+_process_scope = Scope()
 
 
 @contextmanager
@@ -116,33 +126,55 @@ def cached() -> Iterator[None]:
         >>> layer.weight is layer.weight
         False
     """
-    token = _scope.set(_scope.get() or _Scope())
-    any_scope_open.add(+1)
+    scope = _scope.get()
+    if scope is None:
+        scope = _process_scope if _process_scope.depth else Scope()
+        scope.update(_process_scope)
+    token = _scope.set(scope)
+    _change_depth(scope, +1)
     try:
         yield
     finally:
-        any_scope_open.add(-1)
+        _change_depth(scope, -1)
         _scope.reset(token)
-        if _scope.get() is None and not legacy.count:
-            legacy.values = {}
+        if not _process_scope.depth:
+            _process_scope.clear()
 
 
-def scope_depth() -> int:
-    """Return 1 inside ``cached()`` of this thread or task, else 0."""
-    return int(_scope.get() is not None)
+def _change_depth(scope: Scope, change: int) -> None:
+    scope.depth += change
+    any_scope_open.add(change)
+
+
+def current_scope() -> Scope:
+    """Return the scope that reads here go through, or would if outside code turned the cache on."""
+    scope = _scope.get()
+    return _process_scope if scope is None else scope
+
+
+def get_count() -> int:
+    """Return how many scopes are open here: torch's ``parametrize._cache_enabled``."""
+    return current_scope().depth
+
+
+def set_count(count: int) -> None:
+    """Open or close scopes by number, as outside code does by writing ``parametrize._cache_enabled``."""
+    scope = current_scope()
+    _change_depth(scope, count - scope.depth)
+    if count <= 0:
+        scope.clear()
 
 
 def cached_value(module: nn.Module, name: str, chain: nn.Module) -> Tensor:
     """Return ``chain()``, from the open scope where there is one; ``chain`` makes ``module``'s tensor ``name``."""
     if torch.compiler.is_compiling():
         return chain()  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any; one graph evaluates once anyway
-    scope = _scope.get() or (legacy.scope if legacy.count else None)
-    if scope is None:
+    scope = current_scope()
+    if not scope.depth:
         return chain()  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("Cannot trace a model while caching parametrizations.")
-    inserted = legacy.values.get((id(module), name))
-    return scope.value(chain) if inserted is None else inserted
+    return scope.value((id(module), name), chain)
 
 
 def _fingerprint(chain: nn.Module) -> tuple[Any, ...] | None:
@@ -155,7 +187,7 @@ def _fingerprint(chain: nn.Module) -> tuple[Any, ...] | None:
     ]
     try:
         _collect(chain, found)
-    except RuntimeError:  # an inference tensor has no version counter, a functorch wrapper no pointer
+    except RuntimeError:  # an inference tensor has no version counter, a functorch wrapper no address
         return None
     return tuple(found)
 

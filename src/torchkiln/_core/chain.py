@@ -50,7 +50,7 @@ class ParametrizationList(nn.ModuleList):
     unsafe: bool
     is_tensor: bool
     ntensors: int
-    followers: tuple[str, ...] = ()  # the tensors that came after this one in its module
+    followers: tuple[str, ...] = ()  # the names that came after this tensor in its module, computed ones too
 
     def __init__(self, modules: Sequence[nn.Module], original: Tensor, unsafe: bool = False) -> None:
         if len(modules) == 0:
@@ -116,7 +116,8 @@ class ParametrizationList(nn.ModuleList):
                 originals are unchanged then.
         """
         with torch.no_grad():
-            inverse: Any = value
+            # A step may return its input: what the caller holds must not become the original.
+            inverse: Any = value.detach().clone() if isinstance(value, Tensor) else value  # type: ignore[redundant-expr]  # users may pass anything
             for step in reversed(steps_of(self)):
                 if not hasattr(step, "right_inverse"):
                     raise InverseError(
@@ -225,6 +226,13 @@ def _iterate_steps(chain: nn.Module) -> Iterator[nn.Module]:
         if step is None:
             return
         yield step
+
+
+def insert_before(names: list[str], name: str, followers: tuple[str, ...]) -> None:
+    """Insert ``name`` into ``names`` before the first of ``followers`` that is there, else at the end."""
+    names.insert(
+        next((names.index(follower) for follower in followers if follower in names), len(names)), name
+    )
 
 
 def register_tensor(module: nn.Module, name: str, tensor: Tensor, *, persistent: bool = True) -> None:

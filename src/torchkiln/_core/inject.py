@@ -8,9 +8,9 @@ other. See ``README.md`` beside this file.
 
 from __future__ import annotations
 
-import copy
 import copyreg
 import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class ParametrizedMeta(type):
             super().__delattr__(attribute)
 
     def __setattr__(cls, attribute: str, value: object) -> None:
-        if type(value) is property and attribute not in vars(cls):
+        if type(value) is property:
             value = _tensor_property(cls, attribute)
         super().__setattr__(attribute, value)
 
@@ -66,11 +66,10 @@ def _new_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     namespace = {
         "__module__": _MODULE,
         "__qualname__": name,
+        "__getattr__": _missing_attribute(base),
         "__reduce_ex__": _reduce_ex,
         "__prepare_scriptable__": _refuse_scripting,
     }
-    if copyreg._slotnames(base) and not hasattr(base, "__deepcopy__"):  # type: ignore[attr-defined]  # not in typeshed
-        namespace["__deepcopy__"] = _deepcopy_with_slots
     cls = _metaclass(base)(name, (base,), {**namespace, "_parametrized_names": names})
     for tensor_name in names:
         type.__setattr__(cls, tensor_name, _tensor_property(cls, tensor_name))
@@ -99,11 +98,7 @@ def _tensor_property(cls: type, name: str) -> _TensorProperty:
         chain = chain_of(self, name)
         if chain is None:
             return _plain_attribute(cls, self, name)
-        try:
-            return cached_value(self, name, chain) if any_scope_open.flag else chain()
-        except AttributeError as error:
-            # nn.Module.__getattr__ would run next and report the tensor itself as missing.
-            raise RuntimeError(f"the parametrization of {name!r} raised AttributeError: {error}") from error
+        return cached_value(self, name, chain) if any_scope_open.flag else chain()
 
     def write(self: nn.Module, value: Tensor) -> None:
         chain = chain_of(self, name)
@@ -115,7 +110,25 @@ def _tensor_property(cls: type, name: str) -> _TensorProperty:
     return _TensorProperty(read, write)
 
 
-def _refuse_scripting(self: nn.Module) -> nn.Module:
+def _missing_attribute(base: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
+    """Return the ``__getattr__`` of an injected class.
+
+    Python calls it for tensors and submodules, as on any module, and when a computed tensor's chain has raised an
+    ``AttributeError``: evaluating again raises that, where ``nn.Module`` would report the tensor itself as missing.
+    """
+    base_getattr = base.__getattr__
+    is_plain = base_getattr is nn.Module.__getattr__
+
+    def find(self: nn.Module, name: str) -> Any:
+        if is_plain and (tensor := self.__dict__["_parameters"].get(name)) is not None:
+            return tensor
+        chain = chain_of(self, name)
+        return base_getattr(self, name) if chain is None else chain()
+
+    return find
+
+
+def _refuse_scripting(_module: nn.Module) -> nn.Module:
     """Stop ``torch.jit.script``, which asks every module by this method what to compile."""
     raise RuntimeError(
         "Parametrization is not working with scripting.\n"
@@ -170,16 +183,37 @@ def _exchange(cls: type, wanted: type) -> type:
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     """Pickle and copy by (base class, names): the injected class has no importable name."""
-    cls: Any = next(parent for parent in type(self).__mro__ if "_parametrized_names" in vars(parent))
-    reduced = super(cls, self).__reduce_ex__(max(2, int(protocol)))
-    if cls is not type(self) or reduced[0] is not copyreg.__newobj__ or reduced[1][0] is not cls:  # type: ignore[attr-defined]  # not in typeshed
-        return reduced  # the user's class says itself how to make it
-    return (_new_instance, (base_class(cls), vars(cls)["_parametrized_names"], *reduced[1][1:]), *reduced[2:])
+    cls = cast(
+        ParametrizedMeta,
+        next(parent for parent in type(self).__mro__ if "_parametrized_names" in vars(parent)),
+    )
+    make, (made, *arguments), state, *items = super(cls, self).__reduce_ex__(max(2, int(protocol)))  # type: ignore[arg-type]  # self is an instance
+    if make is not copyreg.__newobj__ or made is not type(self) or made is not cls:  # type: ignore[attr-defined]  # not in typeshed
+        return (make, (made, *arguments), state, *items)  # the user's class says itself how to make it
+    # nn.Module's own state leaves out what is in slots.
+    slots = {slot: getattr(self, slot) for slot in copyreg._slotnames(cls) if hasattr(self, slot)}  # type: ignore[attr-defined]  # not in typeshed
+    if "_flat_weights" in state:  # an RNN keeps computed weights; it reads them anew before it uses them
+        flat = [
+            weight if weight is None or weight.is_leaf else weight.detach()
+            for weight in state["_flat_weights"]
+        ]
+        state = {**state, "_flat_weights": flat}
+    return (
+        _new_instance,
+        (base_class(cls), vars(cls)["_parametrized_names"], arguments, slots),
+        state,
+        *items,
+    )
 
 
-def _new_instance(base: type[nn.Module], names: tuple[str, ...], *args: object) -> nn.Module:
+def _new_instance(
+    base: type, names: tuple[str, ...], arguments: list[Any], slots: dict[str, Any]
+) -> nn.Module:
     cls = parametrized_class(base, names)
-    return cls.__new__(cls, *args)
+    module = cls.__new__(cls, *arguments)
+    for name, value in slots.items():
+        object.__setattr__(module, name, value)
+    return module
 
 
 def _reduce_class(cls: ParametrizedMeta) -> Any:
@@ -189,14 +223,3 @@ def _reduce_class(cls: ParametrizedMeta) -> Any:
 
 
 copyreg.pickle(ParametrizedMeta, _reduce_class)
-
-
-def _deepcopy_with_slots(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Copy slots as well: ``nn.Module.__setstate__`` takes the ``__dict__`` alone."""
-    replica = type(self).__new__(type(self))
-    memo[id(self)] = replica
-    replica.__dict__.update(copy.deepcopy(self.__dict__, memo))
-    for slot in copyreg._slotnames(type(self)):  # type: ignore[attr-defined]  # not in typeshed
-        if hasattr(self, slot):
-            setattr(replica, slot, copy.deepcopy(getattr(self, slot), memo))
-    return replica

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,9 +11,9 @@ from torchkiln._core.atomic import all_or_nothing
 from torchkiln._core.chain import (
     ParametrizationList,
     chains_of,
+    insert_before,
     is_parametrized,
     original_names,
-    set_data,
     steps_of,
 )
 from torchkiln._core.checks import check_step
@@ -82,19 +84,14 @@ def register_parametrization(
 
 def _begin(module: nn.Module, name: str, parametrization: nn.Module, *, unsafe: bool) -> None:
     original = _plain_tensor(module, name)
-    before = original.detach()  # keeps the data reachable should a later line fail
-    chain = ParametrizationList([parametrization], original, unsafe)
-    try:
-        with all_or_nothing(module):
-            _move_into(chain, module, name)
-            if not is_parametrized(module):
-                module.parametrizations = nn.ModuleDict()
-            chains = chains_of(module)
-            chains[name] = chain
-            set_names(module, tuple(chains))
-    except BaseException:
-        set_data(original, before)
-        raise
+    with all_or_nothing(module, original):
+        chain = ParametrizationList([parametrization], original, unsafe)
+        _move_into(chain, module, name)
+        if not is_parametrized(module):
+            module.parametrizations = nn.ModuleDict()
+        chains = chains_of(module)
+        chains[name] = chain
+        set_names(module, tuple(chains))
 
 
 def _plain_tensor(module: nn.Module, name: str) -> Tensor:
@@ -115,9 +112,12 @@ def _plain_tensor(module: nn.Module, name: str) -> Tensor:
 
 def _move_into(chain: ParametrizationList, module: nn.Module, name: str) -> None:
     """Take the plain tensor from ``module``, and note in ``chain`` how to put it back where it was."""
-    tensors = module._parameters if name in module._parameters else module._buffers
-    keys = list(tensors)
-    chain.followers = tuple(keys[keys.index(name) + 1 :])
+    tensors: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+    order = list(tensors)
+    if is_parametrized(module):
+        for other, other_chain in chains_of(module).items():
+            insert_before(order, other, getattr(other_chain, "followers", ()))
+    chain.followers = tuple(order[order.index(name) + 1 :])
     if name in module._non_persistent_buffers_set:
         chain._non_persistent_buffers_set.update(chain._buffers)
         module._non_persistent_buffers_set.discard(name)
@@ -161,15 +161,21 @@ def transfer_parametrizations_and_params(
     if not is_parametrized(from_module):
         return to_module
     chains = chains_of(from_module)
-    for name in list(chains) if tensor_name is None else [tensor_name]:
-        source = chains[name]
-        if not hasattr(to_module, name):
-            with torch.no_grad():
-                value = nn.Parameter(getattr(from_module, name))
-            setattr(to_module, name, value)
-        for step in steps_of(source):
-            register_parametrization(to_module, name, step)
-        target = chains_of(to_module)[name]
-        for original in original_names(source):
-            setattr(target, original, getattr(source, original))
+    names = list(chains) if tensor_name is None else [tensor_name]
+    with all_or_nothing(to_module, *to_module.parameters(recurse=False), *to_module.buffers(recurse=False)):
+        for name in names:
+            _transfer(from_module, to_module, name)
     return to_module
+
+
+def _transfer(from_module: nn.Module, to_module: nn.Module, name: str) -> None:
+    if not hasattr(to_module, name):
+        with torch.no_grad():
+            value = nn.Parameter(getattr(from_module, name))
+        setattr(to_module, name, value)
+    source = chains_of(from_module)[name]
+    for step in steps_of(source):
+        register_parametrization(to_module, name, step)
+    target = chains_of(to_module)[name]
+    for original in original_names(source):
+        setattr(target, original, getattr(source, original))

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.atomic import all_or_nothing
-from torchkiln._core.chain import chains_of, is_parametrized, original_names, register_tensor, set_data
+from torchkiln._core.chain import (
+    chains_of,
+    insert_before,
+    is_parametrized,
+    original_names,
+    register_tensor,
+    set_data,
+)
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.inject import base_class, chain_of, set_names
 from torchkiln._core.state import value_at_rest
@@ -67,7 +74,7 @@ def remove_parametrizations(
     if leave_parametrized:
         value = computed_value(chain)
     elif chain.is_tensor:
-        value = chain.original.detach()
+        value = chain.original
     else:
         raise ParametrizationError(
             "Cannot leave unparametrized (`leave_parametrized=False`) a tensor "
@@ -106,15 +113,16 @@ def computed_value(chain: nn.Module) -> Tensor:
 
 def _is_shared(value: Tensor, chain: nn.Module) -> bool:
     """Return whether another tensor of the chain, or another element of ``value``, has the same memory."""
-    if type(value) is not Tensor or value.layout is not torch.strided:
+    if not _has_plain_memory(value):
         return False
     storage = value.untyped_storage()
-    pointers = {
-        tensor.untyped_storage().data_ptr()
-        for tensor in (*chain.parameters(), *chain.buffers())
-        if tensor.layout is torch.strided and not isinstance(tensor, nn.UninitializedParameter)
-    }
+    others = (tensor for tensor in (*chain.parameters(), *chain.buffers()) if _has_plain_memory(tensor))
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in others}
     return storage.data_ptr() in pointers or storage.nbytes() != value.numel() * value.element_size()
+
+
+def _has_plain_memory(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
 
 
 def leaf_originals(chain: nn.Module) -> Iterator[Tensor]:
@@ -140,21 +148,20 @@ def settle(module: nn.Module, name: str, value: Tensor, *, keep_object: bool = T
         module: The module that holds the tensor.
         name: The parametrized tensor.
         value: Its value from now on; its memory is taken over.
-        keep_object: Let the one original be the tensor, where there is one and ``value`` has its dtype and
-            device. False makes a new tensor, for an original that is in use elsewhere.
+        keep_object: Let the one original be the tensor, where there is one of ``value``'s dtype and device. False
+            makes a new tensor, for an original that is in use elsewhere.
     """
     chain = chains_of(module)[name]
     survivor = surviving_original(chain) if keep_object else None
-    if survivor is None or (survivor.dtype, survivor.device) != (value.dtype, value.device):
-        _put_back(module, name, _new_tensor(value, chain))
-        return
-    before = survivor.detach()
-    try:
-        _take_over(survivor, value)
-        _put_back(module, name, survivor)
-    except BaseException:
-        set_data(survivor, before)
-        raise
+    if survivor is not None and (survivor.dtype, survivor.device) != (value.dtype, value.device):
+        survivor = None
+    with all_or_nothing(module, *([] if survivor is None else [survivor])):
+        if survivor is None:
+            tensor = _new_tensor(value, chain)
+        else:
+            _take_over(survivor, value)
+            tensor = survivor
+        _put_back(module, name, tensor)
 
 
 def _take_over(survivor: Tensor, value: Tensor) -> None:
@@ -180,21 +187,14 @@ def _new_tensor(value: Tensor, chain: nn.Module) -> Tensor:
 
 
 def _put_back(module: nn.Module, name: str, tensor: Tensor) -> None:
-    with all_or_nothing(module):
-        chains = chains_of(module)
-        chain = chains.pop(name)
-        if not chains:
-            del module._modules["parametrizations"]
-        set_names(module, tuple(chains))
-        register_tensor(module, name, tensor, persistent=not chain._non_persistent_buffers_set)
-        tensors: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-        _move_before(tensors, name, getattr(chain, "followers", ()))
-
-
-def _move_before(tensors: dict[str, Any], name: str, followers: tuple[str, ...]) -> None:
-    """Move the last entry of ``tensors``, ``name``, before the first of ``followers`` that is there."""
-    keys = list(tensors)
-    first = next((keys.index(follower) for follower in followers if follower in tensors), len(keys))
-    for key in keys[first:]:
-        if key != name:
-            tensors[key] = tensors.pop(key)
+    chains = chains_of(module)
+    chain = chains.pop(name)
+    if not chains:
+        del module._modules["parametrizations"]
+    set_names(module, tuple(chains))
+    register_tensor(module, name, tensor, persistent=not chain._non_persistent_buffers_set)
+    tensors: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+    order = list(tensors)[:-1]
+    insert_before(order, name, getattr(chain, "followers", ()))
+    for key in order[order.index(name) + 1 :]:
+        tensors[key] = tensors.pop(key)

@@ -1,0 +1,1 @@
+"""Conformance of ``torchkiln.parametrize`` with torch."""
