@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from torchkiln import parametrizations, parametrize
+from torchkiln._core.errors import (
+    CheckpointError,
+    InverseError,
+    NothingToFoldError,
+    OutputExistsError,
+    ParametrizationError,
+    TorchkilnError,
+    TorchkilnWarning,
+)
 from torchkiln._install import install, installed, uninstall
+from torchkiln.models import Report, bake, restore, summary
+
+if TYPE_CHECKING:
+    from torchkiln import checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
+    "InverseError",
+    "NothingToFoldError",
+    "OutputExistsError",
+    "ParametrizationError",
+    "Report",
+    "TorchkilnError",
+    "TorchkilnWarning",
+    "bake",
+    "checkpoint",
     "install",
     "installed",
     "parametrizations",
     "parametrize",
+    "restore",
+    "summary",
     "uninstall",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``torchkiln.checkpoint`` when it is first asked for: ``import torchkiln`` loads torch alone."""
+    if name == "checkpoint":
+        return importlib.import_module("torchkiln.checkpoint")
+    raise AttributeError(f"module 'torchkiln' has no attribute {name!r}")

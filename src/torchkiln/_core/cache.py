@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,53 @@ __all__ = ["any_scope_open", "cached", "cached_value", "current_scope", "get_cou
 Key = tuple[int, str]
 
 
-class _Proof(NamedTuple):
-    """What an entry was computed from; an entry without one was put in by outside code and is used as it is."""
+class _Proof:
+    """What an entry was computed from, and whether all of it is still so."""
 
-    value: Tensor
-    chain: weakref.ref[nn.Module]
-    fingerprint: tuple[Any, ...]
+    __slots__ = ("chain", "modes", "modules", "tensors", "value")
+
+    def __init__(self, value: Tensor, chain: nn.Module, forget: _Forget) -> None:
+        self.value = value
+        self.chain = weakref.ref(chain, forget)
+        self.modes = _modes()
+        # Where each tensor and module was found, what was found there, and in which state.
+        self.tensors: list[tuple[dict[str, Any], str, Tensor, int, int, bool]] = []
+        self.modules: list[tuple[nn.Module, bool, tuple[nn.Module | None, ...]]] = []
+        self._collect(chain)
+
+    def _collect(self, module: nn.Module) -> None:
+        children = tuple(module._modules.values())
+        self.modules.append((module, module.training, children))
+        for place in (module._parameters, module._buffers):
+            for name, tensor in place.items():
+                if tensor is not None:
+                    state = (tensor._version, tensor.data_ptr(), tensor.requires_grad)
+                    self.tensors.append((place, name, tensor, *state))
+        for child in children:
+            if child is not None:
+                self._collect(child)
+
+    def holds(self, chain: nn.Module) -> bool:
+        if self.chain() is not chain or self.modes != _modes():
+            return False
+        for place, name, tensor, version, address, requires_grad in self.tensors:
+            if place.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return False
+            if tensor.requires_grad is not requires_grad:
+                return False
+        for module, training, children in self.modules:
+            if module.training is not training or tuple(module._modules.values()) != children:
+                return False
+        return True
+
+
+def _modes() -> tuple[Any, ...]:
+    """Return the modes that decide what a computation returns."""
+    if not torch._C._is_any_autocast_enabled():
+        return (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    devices = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(device)]
+    dtypes = [torch.get_autocast_dtype(device) for device in devices]
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), devices, dtypes)
 
 
 class Scope(dict[Key, Tensor]):
@@ -45,21 +86,20 @@ class Scope(dict[Key, Tensor]):
     def value(self, key: Key, chain: nn.Module) -> Tensor:
         """Return the usable entry of ``key``, else ``chain()``, remembered."""
         known = self.get(key)
-        if known is not None and self._is_usable(known, self.proofs.get(key), chain):
-            return known
+        if known is not None:
+            proof = self.proofs.get(key)
+            # Without a proof of its own the value was put in by outside code, and is used as it is.
+            if proof is None or proof.value is not known or proof.holds(chain):
+                return known
         value: Tensor = chain()
-        # Taken after the evaluation, which may have advanced the state of a step.
-        fingerprint = _fingerprint(chain)
-        if fingerprint is not None:
-            self[key] = value
-            self.proofs[key] = _Proof(value, weakref.ref(chain, _Forget(self, key)), fingerprint)
+        try:
+            # Taken after the evaluation, which may have advanced the state of a step.
+            proof = _Proof(value, chain, _Forget(self, key))
+        except RuntimeError:  # an inference tensor has no version counter, a functorch wrapper no address
+            return value
+        self[key] = value
+        self.proofs[key] = proof
         return value
-
-    @staticmethod
-    def _is_usable(value: Tensor, proof: _Proof | None, chain: nn.Module) -> bool:
-        if proof is None or proof.value is not value:
-            return True
-        return proof.chain() is chain and proof.fingerprint == _fingerprint(chain)
 
     def clear(self) -> None:
         super().clear()
@@ -175,29 +215,3 @@ def cached_value(module: nn.Module, name: str, chain: nn.Module) -> Tensor:
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("Cannot trace a model while caching parametrizations.")
     return scope.value((id(module), name), chain)
-
-
-def _fingerprint(chain: nn.Module) -> tuple[Any, ...] | None:
-    """Return what a value of ``chain`` depends on besides the numbers, or None where changes cannot be seen."""
-    found: list[Any] = [
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
-        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
-    ]
-    try:
-        _collect(chain, found)
-    except RuntimeError:  # an inference tensor has no version counter, a functorch wrapper no address
-        return None
-    return tuple(found)
-
-
-def _collect(module: nn.Module, found: list[Any]) -> None:
-    found.append(module.training)
-    for tensors in (module._parameters, module._buffers):
-        for tensor in tensors.values():
-            if tensor is not None:
-                found += (id(tensor), tensor._version, tensor.data_ptr(), tensor.requires_grad)
-    for child in module._modules.values():
-        if child is not None:
-            _collect(child, found)

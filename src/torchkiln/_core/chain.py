@@ -94,14 +94,23 @@ class ParametrizationList(nn.ModuleList):
         """Return the originals in the order in which the first step takes them."""
         return tuple(getattr(self, name) for name in original_names(self))
 
+    def __call__(self) -> Tensor:
+        """Compute the tensor; hooks on the chain run as on any module."""
+        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
+            return super().__call__()  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
+        return self.forward()
+
     def forward(self) -> Tensor:
         """Compute the tensor from its originals."""
         steps = self._modules
-        x: Tensor = steps["0"](*self.originals())
-        index = 1
-        while (step := steps.get(str(index))) is not None:
-            x = step(x)
-            index += 1
+        # The dictionaries, not the attributes: nn.Module.__getattr__ would cost as much as all the rest.
+        original = self._parameters.get("original")
+        x: Tensor = steps["0"](*self.originals()) if original is None else steps["0"](original)
+        if len(steps) > 1:
+            index = 1
+            while (step := steps.get(str(index))) is not None:
+                x = step(x)
+                index += 1
         return x
 
     def right_inverse(self, value: Tensor) -> None:

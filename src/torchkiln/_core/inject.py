@@ -95,7 +95,8 @@ def chain_of(module: nn.Module, name: str) -> Any:
 def _tensor_property(cls: type, name: str) -> _TensorProperty:
     # cls is held by the property it holds: a cycle that dies with the class.
     def read(self: nn.Module) -> Any:
-        chain = chain_of(self, name)
+        chains = self._modules.get("parametrizations")  # chain_of() in place: this is every read
+        chain: Any = None if chains is None else chains._modules.get(name)
         if chain is None:
             return _plain_attribute(cls, self, name)
         return cached_value(self, name, chain) if any_scope_open.flag else chain()
