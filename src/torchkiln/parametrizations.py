@@ -7,15 +7,16 @@ are torch's; the maths is in ``families/_maps.py``.
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchkiln._core.errors import ParametrizationError
+from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln.families import _maps
-from torchkiln.parametrize import is_parametrized, register_parametrization
+from torchkiln.families._legacy_keys import read_weight_norm_keys
+from torchkiln.parametrize import register_parametrization
 
 __all__ = ["orthogonal", "spectral_norm", "weight_norm"]
 
@@ -25,7 +26,9 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def _tensor(module: nn.Module, name: str) -> Tensor:
     tensor = getattr(module, name, None)
     if not isinstance(tensor, Tensor):
-        raise ParametrizationError(f"Module '{module}' has no parameter or buffer with name '{name}'")
+        raise ParametrizationError(
+            f"Module '{describe(module)}' has no parameter or buffer with name '{name}'"
+        )
     return tensor
 
 
@@ -70,7 +73,9 @@ class _Orthogonal(nn.Module):
             base = self._buffers.get("base")
             if base is not None:
                 Q = base.to(Q.dtype) @ Q
-        return (Q.mT if wide else Q).to(X.dtype)
+        # LAPACK's columns lie one after the other. Laid out as a weight is, products with this tensor and with its
+        # baked copy are the same to the last bit.
+        return (Q.mT if wide else Q).to(X.dtype).contiguous()
 
     @torch.no_grad()
     def right_inverse(self, Q: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ class _Orthogonal(nn.Module):
                 self.base = _maps.complete_basis(tall)
                 return _minus_identity(Q)
             X = self._inverse_without_base(_maps.widen(tall)).to(Q.dtype)
-        return X.mT if wide else X
+        return X.mT.contiguous() if wide else X
 
     def _inverse_without_base(self, Q: Tensor) -> Tensor:
         if self.orthogonal_map is not _OrthMaps.householder:
@@ -175,7 +180,7 @@ def orthogonal(
     chosen = _OrthMaps.__members__.get(orthogonal_map)
     if chosen is None:
         raise ParametrizationError(
-            'orthogonal_map has to be one of "matrix_exp", "cayley", "householder". ' f"Got: {orthogonal_map}"
+            f'orthogonal_map has to be one of "matrix_exp", "cayley", "householder". Got: {orthogonal_map}'
         )
     step = _Orthogonal(weight, chosen, use_trivialization=use_trivialization)
     register_parametrization(module, name, step, unsafe=True)
@@ -197,23 +202,6 @@ class _WeightNorm(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return _maps.norm_except(weight, self.dim), weight
-
-
-class _LegacyWeightNormKeys:
-    """Let ``load_state_dict`` take ``<name>_g`` and ``<name>_v``, the keys of ``torch.nn.utils.weight_norm``.
-
-    A class of this file rather than a closure, so that the module can be pickled. It does nothing on a module whose
-    tensor has no weight norm (any more).
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-        old = [f"{prefix}{self.name}_{letter}" for letter in "gv"]
-        if is_parametrized(module, self.name) and all(key in state_dict for key in old):
-            for i, key in enumerate(old):
-                state_dict[f"{prefix}parametrizations.{self.name}.original{i}"] = state_dict.pop(key)
 
 
 def weight_norm(module: ModuleT, name: str = "weight", dim: int | None = 0) -> ModuleT:
@@ -254,9 +242,7 @@ def weight_norm(module: ModuleT, name: str = "weight", dim: int | None = 0) -> M
         Salimans and Kingma, "Weight Normalization", arXiv:1602.07868.
     """
     register_parametrization(module, name, _WeightNorm(dim), unsafe=True)
-    known = [getattr(hook, "hook", None) for hook in module._load_state_dict_pre_hooks.values()]
-    if not any(isinstance(hook, _LegacyWeightNormKeys) and hook.name == name for hook in known):
-        module.register_load_state_dict_pre_hook(_LegacyWeightNormKeys(name))
+    read_weight_norm_keys(module, name)
     return module
 
 

@@ -22,11 +22,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 # Bound once: while torchkiln is installed in torch's place, a later import of these names gives ours.
 import torch.nn.utils.parametrizations as torch_parametrizations
 import torch.nn.utils.parametrize as torch_parametrize
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ TORCH = Impl("torch")
 OURS = Impl("torchkiln")
 
 
-def beyond_torch(reason: str, *, raises: type[Exception] | tuple[type[Exception], ...] = AssertionError) -> Any:
+def beyond_torch(
+    reason: str, *, raises: type[Exception] | tuple[type[Exception], ...] = AssertionError
+) -> Any:
     """Run the test on both, where torch must fail with one of ``raises``."""
     known = pytest.mark.xfail(strict=True, reason=reason, raises=raises)
     return pytest.mark.parametrize("impl", [pytest.param(TORCH, marks=known), OURS], ids=str)

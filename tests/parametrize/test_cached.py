@@ -73,11 +73,16 @@ def test_an_inner_scope_fills_the_outer(impl: Impl) -> None:
 
 def test_an_exception_closes_the_scope(impl: Impl) -> None:
     layer, step = counted(impl)
-    with pytest.raises(KeyError, match="inside"), impl.P.cached():
-        first = layer.weight
-        raise KeyError("inside")
-    assert layer.weight is not first
+
+    def fail() -> None:
+        with impl.P.cached():
+            assert layer.weight is layer.weight
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fail()
     assert layer.weight is not layer.weight
+    assert step.calls == 3
 
 
 def test_a_failed_evaluation_is_not_kept(impl: Impl) -> None:

@@ -90,9 +90,7 @@ def test_deepcopy_is_equal(impl: Impl, step: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("turned", [False, True], ids=["copy changes", "source changes"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_copies_are_independent(
-    impl: Impl, change: Callable[[Impl, nn.Module], None], turned: bool
-) -> None:
+def test_copies_are_independent(impl: Impl, change: Callable[[Impl, nn.Module], None], turned: bool) -> None:
     layers = [layer_with(impl, Scale())]
     layers.append(copy.deepcopy(layers[0]))
     changed, kept = reversed(layers) if turned else layers

@@ -121,7 +121,9 @@ FIRST = [
         registers(lambda: Invertible(lambda X: None, double)),
         torch_is_atomic=False,
     ),
-    Misuse("forward after inverse raises", registers(lambda: Invertible(fails, double)), torch_is_atomic=False),
+    Misuse(
+        "forward after inverse raises", registers(lambda: Invertible(fails, double)), torch_is_atomic=False
+    ),
     Misuse(
         "inverse changes the shape",
         registers(lambda: Invertible(same, lambda X: X[:2])),
@@ -251,9 +253,7 @@ NEIGHBOURS = [
     ),
     Misuse(
         "a state dict of another shape",
-        lambda impl, module: module.load_state_dict(
-            {"parametrizations.weight.original": torch.zeros(2, 2)}
-        ),
+        lambda impl, module: module.load_state_dict({"parametrizations.weight.original": torch.zeros(2, 2)}),
         prepared(Scale),
     ),
 ]

@@ -56,7 +56,7 @@ def test_both_can_be_repeated() -> None:
 
 def test_every_spelling_of_the_import() -> None:
     with torchkiln.installed():
-        import torch.nn.utils.parametrizations
+        import torch.nn.utils.parametrizations as N
         import torch.nn.utils.parametrize as P
         from torch.nn.utils import parametrizations, parametrize
         from torch.nn.utils.parametrizations import weight_norm
@@ -64,6 +64,7 @@ def test_every_spelling_of_the_import() -> None:
 
         imported = importlib.import_module("torch.nn.utils.parametrize")
     assert P is torchkiln.parametrize
+    assert N is torchkiln.parametrizations
     assert parametrize is torchkiln.parametrize
     assert imported is torchkiln.parametrize
     assert parametrizations is torchkiln.parametrizations

@@ -16,7 +16,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import Tensor, nn
 
 from .oracle import OURS, TORCH, Impl, assert_same, assert_same_error, fingerprint, freeze
@@ -25,7 +32,6 @@ from .steps import Based, Gain, Halves, HalvesAsList, Masked, Polar, Refusing, S
 FIRST = [Scale, Shift, Refusing, Tanh, Gain, Based, Halves, HalvesAsList, Polar, Single, nn.Identity]
 LATER = [Scale, Shift, Refusing, Tanh, Gain, nn.Identity]
 NAMES = ["weight", "bias", "mean"]
-SEVERAL = (Halves, HalvesAsList, Polar, Single)
 
 
 class Subject(nn.Module):
@@ -78,6 +84,8 @@ class Lockstep(RuleBasedStateMachine):
         if chain is not None and len(chain) >= 3:
             return
         step = first if chain is None else later
+        if name == "mean" and step is Gain:
+            return  # torch turns such a buffer into a parameter; see test_remove
         self.both(lambda impl, subject: impl.P.register_parametrization(subject, name, step()) is subject)
 
     @rule(name=st.sampled_from(NAMES))
@@ -85,19 +93,25 @@ class Lockstep(RuleBasedStateMachine):
         if self.chain(name) is None:
             step = Masked(SHAPES[name])
             self.both(
-                lambda impl, subject: impl.P.register_parametrization(subject, name, copy.deepcopy(step)) is subject
+                lambda impl, subject: (
+                    impl.P.register_parametrization(subject, name, copy.deepcopy(step)) is subject
+                )
             )
 
     @rule(name=st.sampled_from([*NAMES, "missing"]), leave_parametrized=st.booleans())
     def remove(self, name: str, leave_parametrized: bool) -> None:
         self.removed = True
         self.both(
-            lambda impl, subject: type(
-                impl.P.remove_parametrizations(subject, name, leave_parametrized=leave_parametrized)
-            ).__name__
+            lambda impl, subject: (
+                type(
+                    impl.P.remove_parametrizations(subject, name, leave_parametrized=leave_parametrized)
+                ).__name__
+            )
         )
 
-    @rule(name=st.sampled_from(NAMES), low=st.floats(-0.5, 0.5, width=16), high=st.floats(-0.5, 0.5, width=16))
+    @rule(
+        name=st.sampled_from(NAMES), low=st.floats(-0.5, 0.5, width=16), high=st.floats(-0.5, 0.5, width=16)
+    )
     def assign(self, name: str, low: float, high: float) -> None:
         if self.chain(name) is None:
             return
@@ -117,7 +131,9 @@ class Lockstep(RuleBasedStateMachine):
         # Based has moved its base by the time torch refuses, on both sides.
         if any(isinstance(step, (Based, Gain)) for step in chain):
             return
-        self.both(lambda impl, subject: setattr(subject, name, torch.zeros(SHAPES[name], dtype=torch.float32)))
+        self.both(
+            lambda impl, subject: setattr(subject, name, torch.zeros(SHAPES[name], dtype=torch.float32))
+        )
 
     @rule()
     def train_step(self) -> None:
@@ -192,7 +208,9 @@ class Lockstep(RuleBasedStateMachine):
     @invariant()
     def the_order_is_that_of_the_plain_module(self) -> None:
         subject = self.subjects[OURS]
-        assert list(subject._parameters) == [name for name in ("weight", "bias") if name in subject._parameters]
+        assert list(subject._parameters) == [
+            name for name in ("weight", "bias") if name in subject._parameters
+        ]
         if not OURS.P.is_parametrized(subject):
             assert type(subject) is Subject
             assert list(subject.state_dict()) == NAMES
@@ -204,7 +222,7 @@ class Lockstep(RuleBasedStateMachine):
 
 
 FAST = settings(max_examples=25, stateful_step_count=15, suppress_health_check=list(HealthCheck))
-THOROUGH = settings(FAST, max_examples=1000, stateful_step_count=40)
+THOROUGH = settings(FAST, max_examples=400, stateful_step_count=40)
 
 
 def test_random_operations() -> None:
@@ -218,7 +236,6 @@ def test_many_random_operations() -> None:
 
 SHAPE = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 CHAIN = st.tuples(st.sampled_from(FIRST), st.lists(st.sampled_from(LATER), max_size=3))
-DTYPE = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.complex64])
 
 
 def chained(
@@ -233,6 +250,8 @@ def chained(
         module.tensor = nn.Parameter(value)
     seen: list[Any] = []
     for step in (chain[0], *chain[1]):
+        if buffer and step is Gain:
+            continue  # torch turns such a buffer into a parameter; see test_remove
         impl.P.register_parametrization(module, "tensor", step())
         seen.append(freeze([module, module.tensor]))
     if module.tensor.requires_grad:
@@ -243,6 +262,8 @@ def chained(
     except (RuntimeError, NotImplementedError) as error:
         seen.append(error)
     seen.append(freeze([module, module.tensor]))
+    if not impl.P.is_parametrized(module):
+        return seen
     impl.P.remove_parametrizations(module, "tensor")
     seen.append(freeze([module, module.tensor]))
     return seen
@@ -257,7 +278,7 @@ def test_shapes_and_chains(
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 @given(shape=SHAPE, chain=CHAIN, buffer=st.booleans())
 def test_many_shapes_and_chains(
     shape: tuple[int, ...], chain: tuple[type[nn.Module], list[type[nn.Module]]], buffer: bool

@@ -94,7 +94,11 @@ def test_the_list_is_a_module_list(impl: Impl) -> Iterator[Any]:
     for step in steps:
         impl.P.register_parametrization(layer, "weight", step)
     chain = layer.parametrizations["weight"]
-    yield type(chain).__name__, isinstance(chain, nn.ModuleList), isinstance(layer.parametrizations, nn.ModuleDict)
+    yield (
+        type(chain).__name__,
+        isinstance(chain, nn.ModuleList),
+        isinstance(layer.parametrizations, nn.ModuleDict),
+    )
     yield len(chain), [step is own for step, own in zip(chain, steps, strict=True)]
     yield chain[0] is steps[0], chain[-1] is steps[-1], steps[1] in chain
     yield [type(step).__name__ for step in reversed(chain)]

@@ -303,9 +303,7 @@ def test_an_abstract_class_stays_abstract(impl: Impl) -> None:
     assert module.width() == 3
 
 
-@pytest.mark.parametrize(
-    "step", [Scale, Halves, Polar, Gain, Tanh, lambda: nn.Sequential(Scale(), Shift())]
-)
+@pytest.mark.parametrize("step", [Scale, Halves, Polar, Gain, Tanh, lambda: nn.Sequential(Scale(), Shift())])
 @differential
 def test_training(impl: Impl, step: Callable[[], nn.Module]) -> Iterator[Any]:
     layer = linear()
@@ -411,8 +409,11 @@ def test_transfer(impl: Impl, step: type[nn.Module], name: str | None) -> Iterat
     yield target.weight
     yield source
     yield target.parametrizations.weight[0] is source.parametrizations.weight[0]
-    yield [(key, dict(source.named_parameters())[key] is value)
-           for key, value in target.named_parameters() if key.startswith("parametrizations")]
+    yield [
+        (key, dict(source.named_parameters())[key] is value)
+        for key, value in target.named_parameters()
+        if key.startswith("parametrizations")
+    ]
 
 
 @differential

@@ -60,7 +60,9 @@ def prompts(docstring: str) -> list[Part]:
 
 def blocks(docstring: str) -> Iterator[str]:
     """Yield the ``code-block`` directives of a docstring that are runnable statements."""
-    for block in re.findall(r"\.\. code-block:: python\n\n((?:[ ]+.*\n|\n)+)", inspect.cleandoc(docstring) + "\n"):
+    for block in re.findall(
+        r"\.\. code-block:: python\n\n((?:[ ]+.*\n|\n)+)", inspect.cleandoc(docstring) + "\n"
+    ):
         if not block.lstrip().startswith("def "):
             yield textwrap.dedent(block)
 
@@ -75,6 +77,12 @@ def run(part: Part, namespace: dict[str, Any]) -> list[str]:
         for statement in tree.body:
             exec(compile(ast.Interactive([statement]), "<docstring>", "single"), namespace)
     return [line.strip() for line in printed.getvalue().splitlines() if line.strip()]
+
+
+def echo(value: object) -> None:
+    """Show a value as the interactive interpreter does, but do not bind it to ``_``."""
+    if value is not None:
+        sys.stdout.write(f"{value!r}\n")
 
 
 EXAMPLES = {name: prompts(source.__doc__) for name, source in SOURCES.items() if ">>>" in source.__doc__}
@@ -93,7 +101,7 @@ def test_the_examples_are_found() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "displayhook", lambda value: None if value is None else print(repr(value)))
+    monkeypatch.setattr(sys, "displayhook", echo)
     with torchkiln.installed():
         builtins = {key: getattr(torch.nn.utils.parametrizations, key) for key in TORCH.N.__all__}
         namespace: dict[str, Any] = {"torch": torch, "nn": nn, **builtins}

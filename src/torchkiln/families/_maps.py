@@ -7,6 +7,7 @@ float32 or wider, with autocast off, and round once at the end.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,16 @@ def norm_except(V: Tensor, dim: int) -> Tensor:
         tensor([[ 5.],
                 [10.]])
     """
-    return torch.norm_except_dim(V, 2, dim)
+    V.size(dim)  # raises where there is no such dimension
+    others = None if dim == -1 else _others(V, dim)
+    if others == []:
+        return V.abs()
+    norm: Tensor = torch.linalg.vector_norm(V, dim=others, keepdim=others is not None)
+    return norm
+
+
+def _others(V: Tensor, dim: int) -> list[int]:
+    return [other for other in range(V.ndim) if other != dim % V.ndim]
 
 
 def weight_normalize(V: Tensor, g: Tensor, dim: int) -> Tensor:
@@ -66,7 +76,51 @@ def weight_normalize(V: Tensor, g: Tensor, dim: int) -> Tensor:
 
     No epsilon is added: a slice of zeros gives NaN.
     """
+    if not _has_kernel(V, dim):
+        return V * (g / norm_except(V, dim))
+    if torch.is_grad_enabled() and (V.requires_grad or g.requires_grad):
+        W: Tensor = _WeightNormalize.apply(V.contiguous(), g.contiguous(), dim)  # type: ignore[no-untyped-call]  # torch's
+        return W
     return torch._weight_norm(V, g, dim)
+
+
+def _has_kernel(V: Tensor, dim: int) -> bool:
+    """Say whether torch's fused kernel serves; compilers and transforms want the formula in plain operations."""
+    transformed = (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+    plain = type(V) in (Tensor, torch.nn.Parameter) and V.device.type in ("cpu", "cuda")
+    return plain and not transformed and dim in (0, V.ndim - 1)
+
+
+class _WeightNormalize(torch.autograd.Function):
+    """torch's kernel for the value and the first derivative; the formula where that is itself differentiated.
+
+    The kernel's own second derivative is wrong: it takes the norm for a constant (seen on torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, V: Tensor, g: Tensor, dim: int) -> Tensor:
+        W, norm = torch._weight_norm_interface(V, g, dim)
+        ctx.save_for_backward(V, g, norm)
+        ctx.dim = dim
+        return W
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (G,) = grads
+        V, g, norm = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            norm = norm_except(V, ctx.dim)
+            others = _others(V, ctx.dim)
+            along = (G * V).sum(others, keepdim=True) / norm if others else G * V / norm
+            return g / norm * (G - V * (along / norm)), along, None
+        kernel = torch.ops.aten._weight_norm_interface_backward
+        dV, dg = kernel(G.contiguous(), V, g, norm, ctx.dim)
+        return dV, dg, None
 
 
 def as_matrix(W: Tensor, dim: int) -> Tensor:
@@ -133,14 +187,16 @@ def skew(X: Tensor) -> Tensor:
 
 def exponential(X: Tensor) -> Tensor:
     r"""Return the first k columns of :math:`\exp(A)`, ``A`` the :func:`skew` of ``X`` (arXiv:1901.08428)."""
-    return torch.matrix_exp(skew(X))[..., : X.shape[-1]]
+    Q: Tensor = torch.matrix_exp(skew(X))
+    return Q[..., : X.shape[-1]]
 
 
 def cayley(X: Tensor) -> Tensor:
     r"""Return the first k columns of :math:`(I - A/2)^{-1} (I + A/2)`, ``A`` the :func:`skew` of ``X``."""
     half = skew(X) / 2
     I = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device)  # noqa: E741  # the identity's name
-    return torch.linalg.solve(I - half, I + half)[..., : X.shape[-1]]
+    Q: Tensor = torch.linalg.solve(I - half, I + half)
+    return Q[..., : X.shape[-1]]
 
 
 def householder(X: Tensor) -> Tensor:
@@ -153,7 +209,8 @@ def householder(X: Tensor) -> Tensor:
     V = X.tril(-1)
     tau = 2 / (1 + (V * V).sum(-2))
     signs = torch.where(X.diagonal(dim1=-2, dim2=-1) > 0, 1.0, -1.0).to(X.dtype)
-    return torch.linalg.householder_product(V, tau) * signs.unsqueeze(-2)
+    Q: Tensor = torch.linalg.householder_product(V, tau)
+    return Q * signs.unsqueeze(-2)
 
 
 def householder_inverse(Q: Tensor) -> Tensor:
@@ -161,6 +218,8 @@ def householder_inverse(Q: Tensor) -> Tensor:
 
     Above the diagonal ``X`` holds what the factorization left there, which :func:`householder` does not read.
     """
+    if Q.is_meta:
+        return torch.empty_like(Q)
     X, tau = torch.geqrf(Q)
     diagonal = X.diagonal(dim1=-2, dim2=-1)
     signs = torch.where(diagonal < 0, -1.0, 1.0)
@@ -184,7 +243,9 @@ def orthonormalize(A: Tensor) -> Tensor:
     X, tau = torch.geqrf(A)
     diagonal = X.diagonal(dim1=-2, dim2=-1)  # of R, and real also where A is complex
     signs = torch.where(diagonal.real < 0, -1.0, 1.0).to(A.dtype)
-    return torch.linalg.householder_product(X, tau) * signs.unsqueeze(-2)
+    Q: Tensor = torch.linalg.householder_product(X, tau)
+    # LAPACK's columns lie one after the other; files want rows.
+    return (Q * signs.unsqueeze(-2)).contiguous()
 
 
 def complete_basis(Q: Tensor) -> Tensor:
