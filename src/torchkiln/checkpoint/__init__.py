@@ -1,0 +1,29 @@
+"""Checkpoint files without the model's code: inspect, bake, convert, verify."""
+
+from torchkiln.checkpoint._bake import bake
+from torchkiln.checkpoint._convert import convert
+from torchkiln.checkpoint._inspect import inspect
+from torchkiln.checkpoint._report import (
+    Checked,
+    FileReport,
+    Folded,
+    Inspection,
+    Note,
+    Parametrized,
+    Verification,
+)
+from torchkiln.checkpoint._verify import verify
+
+__all__ = [
+    "Checked",
+    "FileReport",
+    "Folded",
+    "Inspection",
+    "Note",
+    "Parametrized",
+    "Verification",
+    "bake",
+    "convert",
+    "inspect",
+    "verify",
+]

@@ -1,0 +1,231 @@
+"""Computing recognised tensors: which dim, in which precision, and what is wrong with the values."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torchkiln._core.errors import CheckpointError
+from torchkiln.checkpoint import _fold
+from torchkiln.checkpoint._io import CheckpointFile, Group
+from torchkiln.checkpoint._options import Options
+from torchkiln.checkpoint._recognise import Recognised
+from torchkiln.checkpoint._spelled import Spelled, Step
+from torchkiln.checkpoint._torch_style import no_state
+
+__all__ = ["Evaluation", "Evaluator"]
+
+# How far from 1 rounding leaves the length of u and v, as stored in full precision and in less.
+_UNIT_TOLERANCE = 1e-4
+_UNIT_TOLERANCE_LOW = 1e-2
+# u and v decide between dims only where they align with the matrix of one, and clearly worse with the next.
+_CLEAR = 0.9
+# How well u and v must align with the original for it to be what the spectral norm was computed from.
+_ALIGNED = 1 - 1e-3
+
+
+@dataclass
+class Evaluation:
+    """A computed tensor, and what there is to say about it.
+
+    Attributes:
+        tensor: In the dtype it was computed in; cast it once.
+        dim: The normalized dim of the norm, None for all at once or where the steps have none.
+        assumptions: What the file does not prove.
+        warnings: What is wrong with the values, each naming a key.
+    """
+
+    tensor: Tensor = field(default_factory=lambda: torch.empty(0))
+    dim: int | None = None
+    assumptions: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Evaluator:
+    """Computes the tensors of one group.
+
+    Args:
+        file: The open checkpoint.
+        group: Where the tensors are.
+        found: What was recognised in the group.
+        options: What the caller knows.
+        exact: Compute in float64 by the definitions instead of as torch's modules do.
+    """
+
+    def __init__(
+        self,
+        file: CheckpointFile,
+        group: Group,
+        *,
+        found: Recognised,
+        options: Options,
+        exact: bool = False,
+    ) -> None:
+        self._file, self._group, self._found, self._options = file, group, found, options
+        self._exact = exact
+
+    @torch.no_grad()
+    def __call__(self, item: Spelled) -> Evaluation:
+        """Compute one tensor.
+
+        Raises:
+            CheckpointError: The rule is not known, or `dims` names a dim that does not fit.
+        """
+        if item.blocked:
+            raise CheckpointError(item.blocked)
+        result = Evaluation(assumptions=list(item.assumptions))
+        result.tensor = self._read(item.originals[-1], result)
+        try:
+            for step in item.steps:
+                self._apply(step, item, result)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, and not in its __all__
+            raise CheckpointError(f"{item.name}: {item.spelling} cannot be computed: {error}.") from error
+        if not result.warnings and not bool(torch.isfinite(result.tensor).all()):
+            result.warnings.append(f"{item.name}: has values that are not finite")
+        return result
+
+    def identity(self, item: Spelled) -> Hashable:
+        """Return a value that is equal for two tensors computed alike from the same memory."""
+        spelled = self._found.spelled
+        inputs = tuple(
+            self.identity(spelled[key]) if key in spelled else self._file.identity(self._group, key)
+            for key in item.inputs
+        )
+        return tuple((step.kind, step.map, self.choice(step, item)) for step in item.steps), inputs
+
+    def choice(self, step: Step, item: Spelled) -> tuple[bool, int | None]:
+        """Return whether the caller chose the dim of a step, and which one.
+
+        Raises:
+            CheckpointError: `dims` names a dim that does not fit.
+        """
+        if not step.dims:
+            return False, None
+        return self._options.dim_of(item.name, fitting=step.dims, ndim=len(item.entry.shape))
+
+    def _read(self, key: str, result: Evaluation) -> Tensor:
+        inner = self._found.spelled.get(key)
+        if inner is not None:
+            evaluation = self(inner)
+            result.assumptions += evaluation.assumptions
+            result.warnings += evaluation.warnings
+            return evaluation.tensor
+        tensor = self._file.read(self._group, key).detach()
+        wide = _fold.compute_dtype(tensor.dtype)
+        if self._exact:
+            wide = torch.promote_types(wide, torch.float64)
+        # A copy even where nothing is cast: memory mapped from a file is aligned otherwise than a model's, and
+        # matrix products may round by alignment.
+        return tensor.to(wide, copy=True)
+
+    def _apply(self, step: Step, item: Spelled, result: Evaluation) -> None:
+        if step.kind == "weight_norm":
+            self._weight_norm(step, item, result)
+        elif step.kind == "spectral_norm":
+            self._spectral_norm(step, item, result)
+        elif step.kind == "orthogonal":
+            base = self._read(step.state[0], result) if step.state else None
+            assert step.map is not None
+            result.tensor = _fold.orthogonal(result.tensor, base, step.map)
+        elif step.kind == "pruning":
+            result.tensor = _fold.apply_mask(result.tensor, self._read(step.state[0], result))
+
+    def _weight_norm(self, step: Step, item: Spelled, result: Evaluation) -> None:
+        g, v = self._read(item.originals[0], result), result.tensor
+        result.dim = self._dim(step, item, result)
+        dtype = torch.promote_types(g.dtype, v.dtype)
+        rule = _fold.exact_weight_norm if self._exact else _fold.weight_norm
+        result.tensor = rule(g.to(dtype), v.to(dtype), result.dim)
+        self._check_rows(item.originals[1], v, result)
+
+    def _check_rows(self, key: str, v: Tensor, result: Evaluation) -> None:
+        over = [d for d in range(v.ndim) if d != result.dim]
+        largest = v.abs().amax(dim=over) if over else v.abs()
+        rows = (largest == 0).flatten().nonzero().flatten().tolist()
+        if rows:
+            which = "it is all zero" if result.dim is None else f"zero at {_some(rows)} of dim {result.dim}"
+            result.warnings.append(f"{key}: {which}, where weight norm gives NaN")
+
+    def _spectral_norm(self, step: Step, item: Spelled, result: Evaluation) -> None:
+        if not step.state:
+            result.tensor = torch.nn.functional.normalize(result.tensor, dim=0, eps=1e-12)
+            return
+        u, v = (self._unit(key, result) for key in step.state)
+        result.dim = self._spectral_dim(step, item, u=u, v=v, result=result)
+        assert result.dim is not None
+        self._check_skipped(item, u=u, v=v, result=result)
+        rule = _fold.exact_spectral_norm if self._exact else _fold.spectral_norm
+        result.tensor = rule(result.tensor, u.to(result.tensor.dtype), v.to(result.tensor.dtype), result.dim)
+
+    def _unit(self, key: str, result: Evaluation) -> Tensor:
+        vector = self._read(key, result)
+        length = float(torch.linalg.vector_norm(vector.to(torch.promote_types(vector.dtype, torch.float64))))
+        stored = (
+            self._found.spelled[key].entry if key in self._found.spelled else self._group.entries[key]
+        ).dtype
+        if abs(length - 1) <= (
+            _UNIT_TOLERANCE if _fold.compute_dtype(stored) == stored else _UNIT_TOLERANCE_LOW
+        ):
+            return vector
+        result.warnings.append(
+            f"{key}: length {length:.6g} instead of 1 (averaged weights?); used as if it were 1"
+        )
+        return vector / length
+
+    def _dim(self, step: Step, item: Spelled, result: Evaluation) -> int | None:
+        chosen, dim = self.choice(step, item)
+        if chosen:
+            return dim
+        if len(step.dims) > 1:
+            result.assumptions.append("the gain is one number: one norm over the whole tensor")
+        return step.dims[0]
+
+    def _spectral_dim(
+        self, step: Step, item: Spelled, *, u: Tensor, v: Tensor, result: Evaluation
+    ) -> int | None:
+        chosen, dim = self.choice(step, item)
+        if chosen:
+            return dim
+        if len(step.dims) == 1:
+            return step.dims[0]
+        fit = {d: _alignment(_fold.matrix(result.tensor, d), u, v) for d in step.dims if d is not None}
+        best, second = sorted(fit, key=lambda d: -fit[d])[:2]
+        fitting = " and ".join(map(str, step.dims))
+        if fit[best] >= _CLEAR and fit[second] <= _CLEAR * fit[best]:
+            result.assumptions.append(f"dims {fitting} fit the shapes; u and v fit dim {best}")
+            return best
+        result.assumptions.append(
+            f"dims {fitting} fit the shapes, and u and v do not tell: took {step.dims[0]}"
+        )
+        return step.dims[0]
+
+    def _check_skipped(self, item: Spelled, *, u: Tensor, v: Tensor, result: Evaluation) -> None:
+        """Require evidence that steps which keep nothing in the file compute nothing.
+
+        Power iteration leaves u or v as the image of the other under the W it saw. If the original is that W,
+        nothing came before.
+        """
+        if not item.skipped or self._options.says(item.name, "identity"):
+            return
+        assert result.dim is not None
+        if not _alignment(_fold.matrix(result.tensor, result.dim), u, v) >= _ALIGNED:
+            raise CheckpointError(no_state(item.name, item.skipped))
+        result.assumptions.append(
+            f"step {_some(item.skipped)} keeps nothing in the file; u and v fit without it"
+        )
+
+
+def _alignment(M: Tensor, u: Tensor, v: Tensor) -> float:
+    """How well u and v look like what a power iteration on `M` left: 1 if one of them is the image of the other."""
+    u, v = u.to(M.dtype), v.to(M.dtype)
+    Mv, Mu = torch.mv(M, v), torch.mv(M.mH, u)
+    smaller = min(float(torch.linalg.vector_norm(Mv)), float(torch.linalg.vector_norm(Mu)))
+    return float(torch.vdot(u, Mv).abs()) / smaller if smaller else 0.0
+
+
+def _some(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:3]))
+    return shown if len(numbers) <= 3 else f"{shown} and {len(numbers) - 3} more"

@@ -1,0 +1,61 @@
+"""Putting a plain tensor under a norm: the tensors that a module under that norm would hold."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchkiln._core.errors import CheckpointError
+from torchkiln.checkpoint import _fold
+from torchkiln.checkpoint._bake import as_stored
+
+__all__ = ["Norm", "split"]
+
+Norm = Literal["spectral_norm", "weight_norm"]
+
+
+@torch.no_grad()
+def split(
+    stored: Tensor, dim: int | None, *, norm: Norm, name: str
+) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """Return the tensors of a norm, in the dtype given, and what there is to say about them.
+
+    Weight norm gives g and v whose fold is the tensor; spectral norm gives the tensor with its first singular
+    vectors, which a power iteration would converge to.
+
+    Args:
+        stored: The plain tensor.
+        dim: The normalized dim.
+        norm: Which norm.
+        name: The tensor's name, for errors.
+
+    Raises:
+        CheckpointError: The tensor has values that are not finite, or is all zero and has no spectral norm.
+    """
+    W = stored.detach().to(_fold.compute_dtype(stored.dtype))
+    if not bool(torch.isfinite(W).all()):
+        raise CheckpointError(f"{name}: has values that are not finite, and so no {norm}.")
+    if norm == "weight_norm":
+        return _gain(stored, W, dim)
+    assert dim is not None
+    return _singular(stored, W, dim, name=name)
+
+
+def _gain(stored: Tensor, W: Tensor, dim: int | None) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    g, v = (part.to(stored.dtype) for part in _fold.split_gain(W, dim))
+    back = _fold.weight_norm(g.to(W.dtype), v.to(W.dtype), dim).to(stored.dtype)
+    change = float((back.double() - stored.detach().double()).abs().max())
+    notes = (f"rounding to {stored.dtype} moves values by up to {change:.3g}",) if change else ()
+    return tuple(as_stored(part, [stored]) for part in (g, v)), notes
+
+
+def _singular(
+    stored: Tensor, W: Tensor, dim: int, *, name: str
+) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    u, v, sigma = _fold.singular_pair(W, dim)
+    if not sigma > 0:
+        raise CheckpointError(f"{name}: is all zero, and so has no spectral norm.")
+    notes = (f"reads as the stored value divided by {sigma:.6g}, its largest singular value",)
+    return (stored, u.to(stored.dtype), v.to(stored.dtype)), notes

@@ -1,0 +1,206 @@
+"""Verifying a file: recompute its tensors in float64, or compare it with another file."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchkiln._core.errors import CheckpointError, NothingToFoldError
+from torchkiln.checkpoint import _fold
+from torchkiln.checkpoint._bake import Progress
+from torchkiln.checkpoint._io import CheckpointFile, Entry, Group, open_checkpoint
+from torchkiln.checkpoint._options import Options
+from torchkiln.checkpoint._report import Checked, Note, Verification
+from torchkiln.checkpoint._scan import Found, Scan, refuse_blocked, scan
+
+__all__ = ["verify"]
+
+# Rounding of a sum of products in the dtype it is computed in, relative to the tensor's largest magnitude.
+_ROUNDINGS = 256
+
+
+def verify(
+    path: str | os.PathLike[str],
+    other: str | os.PathLike[str] | None = None,
+    *,
+    assume: Mapping[str, str] | None = None,
+    dims: Mapping[str, int | None] | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check what a file's parametrized tensors fold to, or that two files hold the same model.
+
+    Alone, every parametrized tensor is computed as :func:`bake` does and, from the definition, in float64. With
+    another file both are folded as far as they need it, and compared tensor by tensor; where each has one state dict
+    it does not matter under which name.
+
+    Args:
+        path: A safetensors file or a file written by ``torch.save``.
+        other: The file to compare with.
+        assume: As for :func:`bake`.
+        dims: As for :func:`bake`.
+        progress: Called with the number of tensors done, their total, and the name of the last one.
+
+    Returns:
+        A row for each tensor with its largest error. It is not ok beyond rounding, where values are not finite, where
+        vectors of a spectral norm lack unit length, and where one file lacks a tensor or has another shape or dtype.
+
+    Raises:
+        CheckpointError: A file cannot be read, or a tensor's rule is not known.
+        NothingToFoldError: There is one file, and every tensor in it is plain.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torchkiln import checkpoint
+        >>> path = tempfile.mkdtemp() + "/model.pt"
+        >>> torch.save({"weight_g": torch.ones(3, 1), "weight_v": torch.randn(3, 4)}, path)
+        >>> checkpoint.verify(path).ok
+        True
+    """
+    options = Options(assume, dims)
+    with open_checkpoint(path) as file:
+        scanned = scan(file, options)
+        refuse_blocked(scanned, str(path))
+        if other is None:
+            return _recompute(scanned, str(path), options, progress)
+        with open_checkpoint(other) as second:
+            scanned_other = scan(second, options)
+            refuse_blocked(scanned_other, str(other))
+            options.check_used(f"{path} and {other}")
+            return _compare(_Side(file, scanned), _Side(second, scanned_other), progress)
+
+
+def _recompute(scanned: Scan, path: str, options: Options, progress: Progress | None) -> Verification:
+    options.check_used(path)
+    if not scanned.found:
+        raise NothingToFoldError(f"{path}: every tensor is plain: there is nothing to recompute.")
+    rows: list[Checked] = []
+    notes = list(scanned.notes)
+    for found in scanned.found:
+        row, warnings = _check(found)
+        rows.append(row)
+        notes += [Note("warning", found.name, text) for text in warnings]
+        if progress is not None:
+            progress(len(rows), len(scanned.found), found.name)
+    return Verification(tuple(rows), tuple(notes), all(row.ok for row in rows))
+
+
+def _check(found: Found) -> tuple[Checked, list[str]]:
+    item = found.item
+    result = found.evaluate(item)
+    exact = found.exact(item).tensor
+    absolute, relative = _errors(result.tensor.to(item.entry.dtype), exact)
+    reason = "; ".join(result.warnings) or _beyond(relative, item.entry.dtype, folded=True)
+    return Checked(found.name, item.spelling, absolute, relative, not reason, reason), result.warnings
+
+
+def _errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
+    if value.numel() == 0:
+        return 0.0, 0.0
+    wide = _widest(value.dtype, exact.dtype)
+    value, exact = value.to(wide), exact.to(wide)
+    # Equal values differ by nothing, infinities and shared NaNs among them.
+    same = (value == exact) | (value.isnan() & exact.isnan())
+    absolute = float(torch.where(same, 0, (value - exact).abs()).max())
+    scale = float(exact.abs().nan_to_num(nan=0.0, posinf=0.0).max())
+    if scale == 0:
+        return absolute, absolute * math.inf if absolute else 0.0
+    return absolute, absolute / scale
+
+
+def _widest(one: torch.dtype, two: torch.dtype) -> torch.dtype:
+    if one.is_complex or two.is_complex:
+        return torch.complex128
+    return torch.float64 if one.is_floating_point or two.is_floating_point else torch.int64
+
+
+def _tolerance(dtype: torch.dtype, *, folded: bool) -> float:
+    """The largest relative error that rounding explains."""
+    if not folded or not (dtype.is_floating_point or dtype.is_complex):
+        return 0.0
+    computed = _fold.compute_dtype(dtype)
+    stored = torch.finfo(dtype).eps if computed != dtype else 0.0
+    return stored + _ROUNDINGS * torch.finfo(computed).eps
+
+
+def _beyond(relative: float, dtype: torch.dtype, *, folded: bool) -> str:
+    # Written so that NaN is beyond.
+    if relative <= _tolerance(dtype, folded=folded):
+        return ""
+    return f"relative error {relative:.3g}" + (
+        " beyond rounding" if folded else "; plain tensors should be equal"
+    )
+
+
+# Two files ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Value:
+    spelling: str
+    entry: Entry
+    get: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class _Side:
+    file: CheckpointFile
+    scanned: Scan
+
+    def values(self, *, full: bool) -> dict[str, _Value]:
+        """Every named tensor, folded when asked for, by its name with the mappings around it or without."""
+        return {key if not full else name: value for name, key, value in self._each()}
+
+    def _each(self) -> Iterator[tuple[str, str, _Value]]:
+        for found in self.scanned.found:
+            yield found.name, found.item.name, _Value(found.item.spelling, found.item.entry, _folding(found))
+        for group, keys in self.scanned.plain.items():
+            for key in keys:
+                yield (
+                    group.full_name(key),
+                    key,
+                    _Value("plain", group.entries[key], self._reading(group, key)),
+                )
+
+    def _reading(self, group: Group, key: str) -> Callable[[], Tensor]:
+        return lambda: self.file.read(group, key).detach()
+
+
+def _folding(found: Found) -> Callable[[], Tensor]:
+    return lambda: found.evaluate(found.item).tensor.to(found.item.entry.dtype)
+
+
+def _compare(one: _Side, two: _Side, progress: Progress | None) -> Verification:
+    full = max(len(one.file.groups), len(two.file.groups)) > 1
+    mine, theirs = one.values(full=full), two.values(full=full)
+    if not mine.keys() & theirs.keys():
+        raise CheckpointError(f"{one.file.path} and {two.file.path} have no tensor name in common.")
+    rows: list[Checked] = []
+    names = [*mine, *(name for name in theirs if name not in mine)]
+    for name in names:
+        rows.append(
+            _pair(name, mine.get(name), theirs.get(name), where=(one.file.path.name, two.file.path.name))
+        )
+        if progress is not None:
+            progress(len(rows), len(names), name)
+    notes = (*one.scanned.notes, *two.scanned.notes)
+    return Verification(tuple(rows), notes, all(row.ok for row in rows))
+
+
+def _pair(name: str, mine: _Value | None, theirs: _Value | None, *, where: tuple[str, str]) -> Checked:
+    if mine is None or theirs is None:
+        present, lacking = (mine, where[1]) if mine else (theirs, where[0])
+        assert present is not None
+        return Checked(name, present.spelling, math.nan, math.nan, False, f"missing in {lacking}")
+    spelling = mine.spelling if mine.spelling != "plain" else theirs.spelling
+    a, b = mine.entry, theirs.entry
+    if a.shape != b.shape:
+        return Checked(name, spelling, math.nan, math.nan, False, f"shape {a.shape} and {b.shape}")
+    absolute, relative = _errors(mine.get(), theirs.get())
+    reason = f"dtype {a.dtype} and {b.dtype}" if a.dtype != b.dtype else ""
+    reason = reason or _beyond(relative, a.dtype, folded=spelling != "plain")
+    return Checked(name, spelling, absolute, relative, not reason, reason)

@@ -1,0 +1,114 @@
+"""Inspection and the reports: what they say, as text and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as python_inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.checkpoint.cases import CASES, CONTAINERS, Case, ids, save
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from torchkiln import checkpoint
+
+
+@pytest.mark.parametrize("suffix", CONTAINERS)
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_every_spelling_is_named(case: Case, suffix: str, tmp_path: Path) -> None:
+    state = case.build().state_dict()
+    inspection = checkpoint.inspect(save(state, tmp_path / f"in{suffix}"), deep=True)
+    (row,) = inspection.rows
+    assert (row.name, row.spelling, row.dim) == (case.tensor, case.spelling, case.dim)
+    assert set(row.keys) <= set(state)
+    assert inspection.tensors == len(state)
+    assert inspection.size_bytes == (tmp_path / f"in{suffix}").stat().st_size
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_square_spectral_norm_is_settled_by_values_alone(deep: bool, tmp_path: Path) -> None:
+    module = parametrizations.spectral_norm(nn.Linear(8, 8), dim=1)
+    (row,) = checkpoint.inspect(save(module.state_dict(), tmp_path / "in.pt"), deep=deep).rows
+    assert row.dim == (1 if deep else None)
+    expected = "u and v fit dim 1" if deep else "the values may tell (deep inspection)"
+    assert row.assumptions == (f"dims 0 and 1 fit the shapes; {expected}",)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_gain_of_one_number_is_said(deep: bool, tmp_path: Path) -> None:
+    state = {"weight_g": torch.ones(1, 1), "weight_v": torch.ones(1, 4)}
+    (row,) = checkpoint.inspect(save(state, tmp_path / "in.pt"), deep=deep).rows
+    assert (row.dim, row.assumptions) == (0, ("the gain is one number: one norm over the whole tensor",))
+
+
+def test_torch_weight_norm_says_what_its_keys_do_not(tmp_path: Path) -> None:
+    module = parametrizations.weight_norm(nn.Linear(3, 4))
+    (row,) = checkpoint.inspect(save(module.state_dict(), tmp_path / "in.pt")).rows
+    assert row.assumptions == (
+        "original0 and original1 are gain and direction of weight norm: the shapes fit",
+    )
+
+
+def test_plain_file_has_nothing_to_fold(tmp_path: Path) -> None:
+    inspection = checkpoint.inspect(save(nn.Linear(3, 4).state_dict(), tmp_path / "in.safetensors"))
+    assert inspection.rows == ()
+    assert [note.text for note in inspection.notes] == ["every tensor is plain: there is nothing to fold"]
+    assert inspection.dtypes == {"float32": 2}
+    assert inspection.metadata == {"made by": "a test"}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(3, 3)) for _ in range(2)))
+    return save({"model": layers.bfloat16().state_dict(), "epoch": 1}, tmp_path / "in.pt")
+
+
+def test_inspection_reads_as_a_table(model: Path) -> None:
+    first, header, row, *_, note = str(checkpoint.inspect(model)).splitlines()
+    assert first == f"{model}: torch zip, {model.stat().st_size:,} bytes, 6 tensors (6 bfloat16)"
+    assert header.split() == ["tensor", "spelling", "shape", "dtype", "dim", "keys"]
+    assert row.split()[:6] == ["model.0.weight", "torch", "weight_norm", "3x3", "bfloat16", "0"]
+    assert note.startswith("note: 2 tensors: original0 and original1 are gain and direction")
+
+
+def test_file_report_reads_as_a_table(model: Path, tmp_path: Path) -> None:
+    report = checkpoint.bake(model, tmp_path / "out.pt")
+    first, header, row, *notes = str(report).splitlines()
+    assert first == (
+        f"{model} -> {tmp_path / 'out.pt'}: 2 tensors rewritten, 2 kept as they were, "
+        f"{report.bytes_written:,} bytes"
+    )
+    assert header.split() == ["tensor", "was", "shape", "dtype", "dim", "written"]
+    assert row.split()[-1] == "0.weight"
+    assert "note: 2 tensors: computed in float32, rounded once" in notes
+
+
+def test_verification_reads_as_a_table(model: Path) -> None:
+    verification = checkpoint.verify(model)
+    first, header, row, _ = str(verification).splitlines()
+    assert first.startswith("2 tensors checked, 0 wrong; largest relative error 0.00")
+    assert header.split() == ["tensor", "spelling", "abs", "rel", "verdict"]
+    assert row.split()[-1] == "ok"
+
+
+def test_reports_are_frozen_and_go_through_json(model: Path, tmp_path: Path) -> None:
+    reports = (
+        checkpoint.inspect(model),
+        checkpoint.bake(model, tmp_path / "out.pt"),
+        checkpoint.verify(model),
+    )
+    for report in reports:  # three types, one law
+        again = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+        assert again == report.to_dict()
+        assert again["rows"][0]["name"] == "model.0.weight"
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            report.rows = ()  # type: ignore[misc]
+
+
+def test_public_names() -> None:
+    assert checkpoint.__all__ == sorted(checkpoint.__all__)
+    assert all(python_inspect.getdoc(getattr(checkpoint, name)) for name in checkpoint.__all__)
