@@ -1,0 +1,365 @@
+"""The commands of the command line, what they print, and the exit status they end with."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated, TextIO, cast
+
+import torch
+import typer
+from rich.text import Text
+
+import torchkiln
+from torchkiln import checkpoint
+from torchkiln._cli import _console, _reports
+from torchkiln._core.errors import TorchkilnError, TorchkilnWarning
+
+__all__ = ["run"]
+
+_NO, _USAGE, _INTERRUPTED = 1, 2, 130
+
+# Recent typer carries its own copy of click, older typer imports it: the class is whichever typer itself raises.
+_ClickException = cast("type[Exception]", typer.BadParameter.__mro__[2])
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Spelling(str, Enum):
+    """The spellings that ``convert`` writes."""
+
+    torch = "torch"
+    legacy = "legacy"
+    plain = "plain"
+
+
+File = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A safetensors file, or one that torch.save wrote.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The file to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Assume = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=MAP",
+        help="What the file cannot say of the tensors named so: the orthogonal map (matrix_exp, cayley or "
+        "householder), identity to take an original as it is, data to keep keys that only look parametrized.",
+    ),
+]
+Dim = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=N", help="The dimension of the norm, none for all, where the shapes leave it open."
+    ),
+]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit status; foreseen errors end as a few lines on stderr."""
+    _accept_any_name(sys.stdout)
+    try:
+        with _warnings_on_stderr():
+            status = int(app(args=list(arguments), prog_name="torchkiln", standalone_mode=False) or 0)
+    except _ClickException as error:
+        status = _refuse_usage(error)
+    except (TorchkilnError, OSError) as error:
+        status = _refuse(error, status=_NO)
+    except (KeyboardInterrupt, typer.Abort):
+        status = _INTERRUPTED
+    if status == _INTERRUPTED:
+        _console.complain("error", "interrupted")
+    return status
+
+
+@app.callback(invoke_without_command=True)
+def torchkiln_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the versions of torchkiln and torch.")
+    ] = False,
+) -> None:
+    """Fold norms, orthogonal maps and pruning masks out of checkpoint files, or put norms in, without model code.
+
+    Start with
+
+      torchkiln demo
+      torchkiln inspect model.safetensors
+
+    Exit status
+
+      0    done
+      1    the answer is no, or a file could not be handled
+           (nothing to fold, a difference found, a file refused)
+      2    wrong usage, or an extra is not installed
+      130  interrupted
+    """
+    if version:
+        typer.echo(f"torchkiln {torchkiln.__version__} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    file: File,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read the values too: zero rows, lost unit length.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show what is parametrized in FILE, and what to run next.
+
+    Exit status: 0 for every readable file, also one with nothing to fold; 1 for a file that cannot be read.
+
+    Examples
+
+      torchkiln inspect generator.pth.tar
+      torchkiln inspect model.safetensors --deep
+      torchkiln inspect model.safetensors --json | jq '.rows[].name'
+    """
+    report = checkpoint.inspect(file, deep=deep)
+    if json:
+        _console.print_json(report.to_dict())
+        return
+    screen = _console.console()
+    _reports.show_inspection(screen, file, report)
+    screen.print(Text(f"next: {_next_command(file, report)}"), soft_wrap=True)
+
+
+@app.command()
+def bake(
+    file: File, out: Out, force: Force = False, assume: Assume = None, dim: Dim = None, json: Json = False
+) -> None:
+    """Fold FILE's parametrized tensors to plain ones.
+
+    Everything else passes through bit for bit; FILE itself is never modified.
+
+    Exit status: 0 when OUT is written; 1, and no OUT, where there is nothing to fold or a tensor cannot be folded.
+
+    Examples
+
+      torchkiln bake generator.pth.tar -o generator.plain.pth.tar
+      torchkiln bake net.pt -o plain.pt --assume '*.proj.weight=cayley'
+      torchkiln bake net.pt -o plain.pt --dim '*.weight=0' --force
+    """
+    assumed, dims = _pairs(assume, "--assume", "PATTERN=MAP"), _dims(dim)
+    with _console.progress("baking") as progress:
+        report = checkpoint.bake(file, out, force=force, assume=assumed, dims=dims, progress=progress)
+    _finish_file(report, out, json=json)
+
+
+@app.command()
+def convert(
+    file: File,
+    out: Out,
+    to: Annotated[Spelling, typer.Option(help="The spelling to write.")],
+    weight_norm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Put a weight norm on the plain tensors named so."),
+    ] = None,
+    spectral_norm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Put a spectral norm on the plain tensors named so."),
+    ] = None,
+    force: Force = False,
+    assume: Assume = None,
+    dim: Dim = None,
+    json: Json = False,
+) -> None:
+    """Rewrite FILE in another spelling, or put norms in.
+
+    The spellings are torch's parametrizations, the legacy hooks (weight_g and weight_v), and plain tensors.
+
+    Exit status: 0 when OUT is written; 1, and no OUT, where there is nothing to convert or a tensor is refused.
+
+    Examples
+
+      torchkiln convert old.pt --to torch -o new.pt
+      torchkiln convert net.pt --to torch -o new.pt --weight-norm 'ups.*.weight'
+    """
+    assumed, dims = _pairs(assume, "--assume", "PATTERN=MAP"), _dims(dim)
+    with _console.progress("converting") as progress:
+        report = checkpoint.convert(
+            file,
+            out,
+            to=to.value,
+            force=force,
+            weight_norm=tuple(weight_norm or ()),
+            spectral_norm=tuple(spectral_norm or ()),
+            assume=assumed,
+            dims=dims,
+            progress=progress,
+        )
+    _finish_file(report, out, json=json)
+
+
+@app.command()
+def verify(
+    file: File,
+    other: Annotated[
+        Path | None, typer.Argument(metavar="OTHER", help="The file that must say the same.")
+    ] = None,
+    assume: Assume = None,
+    dim: Dim = None,
+    json: Json = False,
+) -> None:
+    """Check FILE's folds in float64, or against OTHER.
+
+    Every parametrized tensor is computed again in float64; the largest errors are reported.
+
+    Exit status: 0 when all agree; 1 where a tensor differs by more than rounding explains.
+
+    Examples
+
+      torchkiln verify generator.pth.tar
+      torchkiln verify generator.pth.tar generator.plain.pth.tar
+    """
+    assumed, dims = _pairs(assume, "--assume", "PATTERN=MAP"), _dims(dim)
+    with _console.progress("verifying") as progress:
+        report = checkpoint.verify(file, other, assume=assumed, dims=dims, progress=progress)
+    if json:
+        _console.print_json(report.to_dict())
+    else:
+        _reports.show_verification(_console.console(), report)
+    raise typer.Exit(0 if report.ok else _NO)
+
+
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the batches.")] = 0,
+    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Leave the two files in DIR.")] = None,
+    json: Json = False,
+) -> None:
+    """Train on real digits, bake the file, compare.
+
+    Needs scikit-learn: pip install 'torchkiln\\[demo]'.
+
+    Exit status: 0 when the plain networks predict the same as the trained one; 1 when a prediction changed.
+
+    Examples
+
+      torchkiln demo
+      torchkiln demo --keep digits
+    """
+    from torchkiln.demo import run_demo
+
+    try:
+        report = run_demo(epochs=epochs, seed=seed, keep=keep, console=None if json else _console.console())
+    except ModuleNotFoundError as error:
+        raise typer.Exit(_refuse(error, status=_USAGE)) from None
+    if json:
+        _console.print_json(report.to_dict())
+    raise typer.Exit(0 if report.identical else _NO)
+
+
+def _finish_file(report: checkpoint.FileReport, out: Path, *, json: bool) -> None:
+    if json:
+        _console.print_json(report.to_dict())
+    else:
+        _reports.show_file_report(_console.console(), out, report)
+
+
+def _next_command(file: Path, report: checkpoint.Inspection) -> str:
+    """Return the command that the user of ``inspect`` most likely wants, ready to paste."""
+    if not report.rows:
+        out = str(_beside(file, "normed"))
+        return shlex.join(
+            ["torchkiln", "convert", str(file), "--to", "torch", "--weight-norm", "PATTERN", "-o", out]
+        )
+    unknown = {
+        _reports.pattern(row.name) for row in report.rows if row.blocked and "orthogonal" in row.spelling
+    }
+    words = ["torchkiln", "bake", str(file), "-o", str(_beside(file, "plain"))]
+    for name in sorted(unknown):
+        words += ["--assume", f"{name}=MAP"]
+    return shlex.join(words)
+
+
+def _beside(file: Path, word: str) -> Path:
+    """Return ``file`` with ``word`` before its suffix, where ``.pth.tar`` is one suffix."""
+    suffix = "".join(file.suffixes[-2:]) if file.suffix == ".tar" else file.suffix
+    return file.with_name(f"{file.name.removesuffix(suffix)}.{word}{suffix}")
+
+
+def _dims(options: Sequence[str] | None) -> dict[str, int | None] | None:
+    """Parse ``--dim PATTERN=N``, where ``none`` stands for all dims at once."""
+    pairs = _pairs(options, "--dim", "PATTERN=N")
+    if pairs is None:
+        return None
+    try:
+        return {name: None if dim == "none" else int(dim) for name, dim in pairs.items()}
+    except ValueError:
+        raise typer.BadParameter("expected PATTERN=N, N a whole number or none", param_hint="--dim") from None
+
+
+def _pairs(options: Sequence[str] | None, option: str, form: str) -> dict[str, str] | None:
+    """Parse the words given to an option that may be repeated, ``PATTERN=VALUE`` each."""
+    pairs: dict[str, str] = {}
+    for word in options or ():
+        pattern, _, value = word.rpartition("=")
+        if not pattern or not value:
+            raise typer.BadParameter(f"expected {form}, got {word!r}", param_hint=option)
+        if pairs.setdefault(pattern, value) != value:
+            raise typer.BadParameter(f"{pattern!r} is given twice, with two values", param_hint=option)
+    return pairs or None
+
+
+def _refuse_usage(error: Exception) -> int:
+    """Say what is wrong with the words of the command, and how to get help."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "torchkiln"
+    message = error.format_message()  # type: ignore[attr-defined]  # every ClickException has it
+    if message:
+        _console.complain("error", f"{message}\nTry '{command} --help'.")
+    return _USAGE
+
+
+def _refuse(error: Exception, *, status: int) -> int:
+    """Print ``error`` on stderr and return ``status``."""
+    if isinstance(error, OSError) and not isinstance(error, TorchkilnError) and error.filename is not None:
+        _console.complain("error", f"{error.filename}: {error.strerror}")
+    else:
+        _console.complain("error", error)
+    return status
+
+
+@contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    """Print torchkiln's own warnings as one line each, without the source line that raised them."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, TorchkilnWarning):
+            _console.complain("warning", message)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+        warnings.simplefilter("always", TorchkilnWarning)
+        warnings.showwarning = show
+        yield
+
+
+def _accept_any_name(stream: TextIO) -> None:
+    """Let names that the output's encoding has no characters for be printed escaped."""
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
