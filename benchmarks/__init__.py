@@ -1,0 +1,1 @@
+"""What torchkiln costs beside torch and geotorch, as ratios of one run: ``python -m benchmarks``."""
