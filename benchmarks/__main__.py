@@ -80,7 +80,7 @@ def _settings(scratch: Path, *, quick: bool, blocks: int | None) -> Settings:
         return Settings(
             quick=True, scratch=scratch, blocks=blocks or 3, block_seconds=0.002, case_seconds=0.2
         )
-    return Settings(quick=False, scratch=scratch, blocks=blocks or 41, block_seconds=0.004, case_seconds=2.0)
+    return Settings(quick=False, scratch=scratch, blocks=blocks or 101, block_seconds=0.001, case_seconds=2.0)
 
 
 def _matches(case: Case, patterns: Sequence[str]) -> bool:

@@ -75,6 +75,7 @@ def main(way: str, source: str, target: str, threads: str) -> None:
         import torch
 
         torch.set_num_threads(int(threads))
+    os.sync()  # what others left to be written is not this way's to wait for
     start = time.perf_counter()
     run(Path(source), Path(target))
     seconds = time.perf_counter() - start

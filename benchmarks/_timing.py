@@ -27,8 +27,7 @@ class Settings:
         scratch: A folder for files, on a disk, removed after the run.
         blocks: The most blocks for each contender.
         block_seconds: How long one block should take; a call that takes longer is a block by itself.
-        case_seconds: When to stop a case that has `least_blocks` already.
-        least_blocks: The fewest blocks for each contender, however slow.
+        case_seconds: When to stop a case that has its least number of blocks already.
     """
 
     quick: bool
@@ -36,7 +35,6 @@ class Settings:
     blocks: int
     block_seconds: float
     case_seconds: float
-    least_blocks: int = 5
 
 
 class Sample(NamedTuple):
@@ -118,12 +116,14 @@ class Case:
         name: The row.
         build: Makes the contenders, by name; called only when the case is measured.
         floor: What the floor does, in words.
+        least_blocks: The fewest blocks for each contender, however slow.
     """
 
     group: str
     name: str
     floor: str
     build: Callable[[], Mapping[str, Meter]]
+    least_blocks: int = 5
 
     @property
     def path(self) -> str:
@@ -158,7 +158,7 @@ def measure(case: Case, settings: Settings) -> Result:
     samples: dict[str, list[Sample]] = {name: [] for name in meters}
     start = time.perf_counter()
     for done in range(settings.blocks):
-        if done >= settings.least_blocks and time.perf_counter() - start > settings.case_seconds:
+        if done >= case.least_blocks and time.perf_counter() - start > settings.case_seconds:
             break
         for name, meter in meters.items():
             samples[name].append(meter.sample(settings))

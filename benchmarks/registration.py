@@ -16,7 +16,7 @@ from benchmarks.reads import Identity, with_identity, with_weight_norm
 
 GROUP = "registration"
 _SIZE = 16
-_CALLS = 50
+_CALLS = 10
 _MOVE = "take the parameter out of the layer and put it back"
 
 Put = Callable[[Library, nn.Module], object]

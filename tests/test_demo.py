@@ -116,7 +116,7 @@ def test_a_changed_prediction_is_status_1(
 def test_without_scikit_learn_the_demo_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert main(["demo"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

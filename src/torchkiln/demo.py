@@ -36,7 +36,7 @@ _ASSUME = {"hidden.weight": _ORTHOGONAL_MAP}
 
 
 @dataclass(frozen=True)
-class Comparison:
+class _Comparison:
     """How the predictions of a plain network differ from those of the trained, parametrized one."""
 
     accuracy: float
@@ -70,9 +70,9 @@ class DemoReport:
     folded: tuple[str, ...]
     missing_keys: int
     unexpected_keys: int
-    from_file: Comparison
-    from_model: Comparison
-    renamed: Comparison
+    from_file: _Comparison
+    from_model: _Comparison
+    renamed: _Comparison
 
     @property
     def identical(self) -> bool:
@@ -288,9 +288,9 @@ def _accuracy(logits: Tensor, digits: _Digits) -> float:
     return (logits.argmax(dim=1) == digits.test_labels).double().mean().item()
 
 
-def _compare(expected: Tensor, logits: Tensor, digits: _Digits) -> Comparison:
+def _compare(expected: Tensor, logits: Tensor, digits: _Digits) -> _Comparison:
     """Compare the logits of a plain network with those of the trained one."""
-    return Comparison(
+    return _Comparison(
         accuracy=_accuracy(logits, digits),
         differing_predictions=int((expected.argmax(dim=1) != logits.argmax(dim=1)).sum()),
         max_abs_logit_difference=(expected - logits).abs().max().item(),

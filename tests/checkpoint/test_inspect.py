@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect as python_inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,18 +96,24 @@ def test_verification_reads_as_a_table(model: Path) -> None:
     assert row.split()[-1] == "ok"
 
 
-def test_reports_are_frozen_and_go_through_json(model: Path, tmp_path: Path) -> None:
-    reports = (
-        checkpoint.inspect(model),
-        checkpoint.bake(model, tmp_path / "out.pt"),
-        checkpoint.verify(model),
-    )
-    for report in reports:  # three types, one law
-        again = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-        assert again == report.to_dict()
-        assert again["rows"][0]["name"] == "model.0.weight"
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            report.rows = ()  # type: ignore[misc]
+Make = Callable[[Path, Path], checkpoint.Inspection | checkpoint.FileReport | checkpoint.Verification]
+
+VERBS: dict[str, Make] = {
+    "inspect": lambda source, _: checkpoint.inspect(source),
+    "bake": checkpoint.bake,
+    "convert": lambda source, target: checkpoint.convert(source, target, to="legacy"),
+    "verify": lambda source, _: checkpoint.verify(source),
+}
+
+
+@pytest.mark.parametrize("make", VERBS.values(), ids=VERBS)
+def test_reports_are_frozen_and_go_through_json(make: Make, model: Path, tmp_path: Path) -> None:
+    report = make(model, tmp_path / "out.pt")
+    again = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert again == report.to_dict()
+    assert again["rows"][0]["name"] == "model.0.weight"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.rows = ()  # type: ignore[misc]
 
 
 def test_public_names() -> None:

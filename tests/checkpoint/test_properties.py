@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -178,7 +179,5 @@ def test_damaged_files_are_read_or_refused(whole: dict[str, bytes], name: str, d
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         path.write_bytes(bytes(content))
-        try:
-            checkpoint.inspect(path)
-        except CheckpointError as error:
-            assert len(str(error).splitlines()) <= 3
+        with suppress(CheckpointError):  # and nothing else
+            assert checkpoint.inspect(path).container

@@ -29,7 +29,6 @@ _NO, _USAGE, _INTERRUPTED = 1, 2, 130
 _ClickException = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -72,13 +71,16 @@ def run(arguments: Sequence[str]) -> int:
     _accept_any_name(sys.stdout)
     try:
         with _warnings_on_stderr():
-            status = int(app(args=list(arguments), prog_name="torchkiln", standalone_mode=False) or 0)
+            words = list(arguments) or ["--help"]
+            status = int(app(args=words, prog_name="torchkiln", standalone_mode=False) or 0)
     except _ClickException as error:
         status = _refuse_usage(error)
     except (TorchkilnError, OSError) as error:
         status = _refuse(error, status=_NO)
     except (KeyboardInterrupt, typer.Abort):
         status = _INTERRUPTED
+    if not arguments:
+        return _USAGE
     if status == _INTERRUPTED:
         _console.complain("error", "interrupted")
     return status

@@ -37,6 +37,9 @@ def bake(
     The values are those that the model computes with in eval mode, to the bit for float32 and float64; smaller
     dtypes are computed in float32 and rounded once. The new file appears whole or not at all.
 
+    A step without tensors at the end of a chain (a ReLU after a spectral norm) shows only in files that keep the
+    module records of ``state_dict()``, as those of ``torch.save`` do and safetensors do not.
+
     Args:
         source: A safetensors file or a file written by ``torch.save``; it is never modified.
         target: The new file. The suffix ``.safetensors`` asks for that container.

@@ -88,7 +88,7 @@ class Inspection(_Report):
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
-        head = f"{self.path}: {self.container}, {self.size_bytes:,} bytes, {self.tensors} tensors ({kinds})"
+        head = f"{self.path}: {self.container}, {self.size_bytes:,} bytes, {_count(self.tensors)} ({kinds})"
         cells = [
             (r.name, r.spelling, _size(r.shape), r.dtype, _dim(r.dim), " ".join(r.keys)) for r in self.rows
         ]
@@ -145,19 +145,14 @@ class FileReport(_Report):
 
     def __str__(self) -> str:
         head = (
-            f"{self.source} -> {self.target}: {len(self.rows)} tensors rewritten, "
+            f"{self.source} -> {self.target}: {_count(len(self.rows))} rewritten, "
             f"{self.passed_through} kept as they were, {self.bytes_written:,} bytes"
         )
         cells = [
             (r.name, r.spelling, _size(r.shape), r.dtype, _dim(r.dim), " ".join(r.written)) for r in self.rows
         ]
         table = _table(("tensor", "was", "shape", "dtype", "dim", "written"), cells)
-        said = [
-            Note("info", r.name, f"{r.name}: {text}")
-            for r in self.rows
-            for text in (*r.assumptions, *r.notes)
-        ]
-        return _text(head, table, (*said, *self.notes))
+        return _text(head, table, (*_said(self.rows), *self.notes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +193,7 @@ class Verification(_Report):
     def __str__(self) -> str:
         bad = sum(not row.ok for row in self.rows)
         largest = max((row.max_rel_error for row in self.rows), default=0.0)
-        head = f"{len(self.rows)} tensors checked, {bad} wrong; largest relative error {largest:.3g}"
+        head = f"{_count(len(self.rows))} checked, {bad} wrong; largest relative error {largest:.3g}"
         cells = [
             (r.name, r.spelling, f"{r.max_abs_error:.3g}", f"{r.max_rel_error:.3g}", r.reason or "ok")
             for r in self.rows
@@ -224,6 +219,10 @@ def _said(rows: Iterable[Parametrized | Folded]) -> list[str]:
         f"note: {said[0] if len(said) == 1 else f'{len(said)} tensors'}: {text}"
         for text, said in names.items()
     ]
+
+
+def _count(tensors: int) -> str:
+    return f"{tensors} tensor" + "s" * (tensors != 1)
 
 
 def _size(shape: tuple[int, ...]) -> str:
