@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchkiln._core.errors import ParametrizationError, describe
+from torchkiln._core.state import AdvancingStep
 from torchkiln.families import _maps
 from torchkiln.families._legacy_keys import read_weight_norm_keys
 from torchkiln.parametrize import register_parametrization
@@ -249,14 +250,10 @@ def weight_norm(module: ModuleT, name: str = "weight", dim: int | None = 0) -> M
 # --- spectral norm ------------------------------------------------------------------------------------------------
 
 
-class _SpectralNorm(nn.Module):
+class _SpectralNorm(AdvancingStep):
     """The step behind :func:`spectral_norm`."""
 
-    # Evaluating it in training mode changes its buffers.
-    advances_state = True
-
-    _u: Tensor
-    _v: Tensor
+    state_names = ("_u", "_v")
 
     def __init__(self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12) -> None:
         super().__init__()
@@ -278,21 +275,20 @@ class _SpectralNorm(nn.Module):
     def _start(self, M: Tensor) -> None:
         with torch.no_grad():
             u, v = (M.new_empty(length).normal_() for length in M.shape)
-        self.register_buffer("_u", F.normalize(u, dim=0, eps=self.eps))
-        self.register_buffer("_v", F.normalize(v, dim=0, eps=self.eps))
-        _maps.power_iteration(M, self._u, self._v, steps=15, eps=self.eps)
+            u, v = F.normalize(u, dim=0, eps=self.eps), F.normalize(v, dim=0, eps=self.eps)
+            u, v = _maps.power_iteration(M, u, v, steps=15, eps=self.eps)
+        self.register_buffer("_u", u)
+        self.register_buffer("_v", v)
 
-    def _advance(self, weight: Tensor) -> None:
-        M = _maps.as_matrix(weight, self.dim)
-        _maps.power_iteration(M, self._u, self._v, steps=self.n_power_iterations, eps=self.eps)
+    def advance(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        M = _maps.as_matrix(x, self.dim)
+        return _maps.power_iteration(M, *state, steps=self.n_power_iterations, eps=self.eps)
 
     def forward(self, weight: Tensor) -> Tensor:
         if weight.ndim == 1:
             return F.normalize(weight, dim=0, eps=self.eps)
-        if self.training:
-            self._advance(weight)
-        # Copies, because a later read moves the buffers in place while this value may still await its backward.
-        return _maps.spectral_normalize(weight, self._u.clone(), self._v.clone(), self.dim)
+        u, v = self.current_state(weight)
+        return _maps.spectral_normalize(weight, u, v, self.dim)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value
@@ -312,7 +308,10 @@ def spectral_norm(
 
     The matrix has ``dim`` as rows and all other dimensions as columns; a vector is divided by its length. The singular
     vectors :math:`u` and :math:`v` are the buffers ``_u`` and ``_v``. They start from 15 power iterations on random
-    vectors; each read in training mode runs ``n_power_iterations`` more, a read in eval mode runs none.
+    vectors. In training mode they advance by ``n_power_iterations`` once for each change of the original, that is once
+    for each optimizer step: the first read after it computes and uses the new vectors, and the buffers take them over
+    when the module's forward ends. Further reads, a second forward, and recomputation under activation checkpointing
+    use the same vectors, where torch would advance them each time. In eval mode they stand still.
 
     Args:
         module: the module that owns the tensor.

@@ -168,9 +168,7 @@ def test_power_iteration_finds_the_largest_singular_value(shape, dim, dtype):
     W = free(shape, dtype)
     M = _maps.as_matrix(W, dim)
     u, v = (torch.nn.functional.normalize(free((n,), dtype), dim=0) for n in M.shape)
-    address = u.data_ptr()
-    _maps.power_iteration(M, u, v, steps=500, eps=1e-12)
-    assert u.data_ptr() == address
+    u, v = _maps.power_iteration(M, u, v, steps=500, eps=1e-12)
     normalized = _maps.as_matrix(_maps.spectral_normalize(W, u, v, dim), dim)
     torch.testing.assert_close(
         torch.linalg.matrix_norm(normalized, 2), torch.tensor(1.0, dtype=torch.float64)

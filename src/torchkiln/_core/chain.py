@@ -103,6 +103,8 @@ class ParametrizationList(nn.ModuleList):
     def forward(self) -> Tensor:
         """Compute the tensor from its originals."""
         steps = self._modules
+        if self.training:
+            self._announce_change()
         # The dictionaries, not the attributes: nn.Module.__getattr__ would cost as much as all the rest.
         original = self._parameters.get("original")
         x: Tensor = steps["0"](*self.originals()) if original is None else steps["0"](original)
@@ -112,6 +114,16 @@ class ParametrizationList(nn.ModuleList):
                 x = step(x)
                 index += 1
         return x
+
+    def _announce_change(self) -> None:
+        """Tell the steps whose state advances which versions of the tensors they are evaluated for."""
+        for step in self._modules.values():
+            if step.training and getattr(type(step), "advances_state", False):
+                if torch.compiler.is_compiling():
+                    return
+                tensors = (*self.parameters(), *self._buffers.values())
+                versions = ((id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference())  # type: ignore[union-attr]  # no original is None
+                step.__dict__["_change"] = tuple(versions)
 
     def right_inverse(self, value: Tensor) -> None:
         """Set the originals so that the chain computes ``value``, or its projection on what it can compute.

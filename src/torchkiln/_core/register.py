@@ -19,6 +19,7 @@ from torchkiln._core.chain import (
 from torchkiln._core.checks import check_step
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.inject import set_names
+from torchkiln._core.state import follow_forward
 
 __all__ = ["register_parametrization", "transfer_parametrizations_and_params"]
 
@@ -79,6 +80,7 @@ def register_parametrization(
     except BaseException:
         parametrization.train(was_training)
         raise
+    follow_forward(module, parametrization)
     return module
 
 

@@ -19,7 +19,7 @@ from torchkiln._core.chain import (
 )
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.inject import base_class, chain_of, set_names
-from torchkiln._core.state import value_at_rest
+from torchkiln._core.state import unfollow_forward, value_at_rest
 
 __all__ = [
     "computed_value",
@@ -192,6 +192,7 @@ def _put_back(module: nn.Module, name: str, tensor: Tensor) -> None:
     if not chains:
         del module._modules["parametrizations"]
     set_names(module, tuple(chains))
+    unfollow_forward(module)
     register_tensor(module, name, tensor, persistent=not chain._non_persistent_buffers_set)
     tensors: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
     order = list(tensors)[:-1]

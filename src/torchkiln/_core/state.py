@@ -1,24 +1,164 @@
-"""Evaluate without side effects: steps whose state advances when they are read stand still."""
+"""State that follows the originals: advanced at most once for each change of them, by no read, and in no recomputation.
+
+Some steps keep buffers that follow the tensor they see: the singular vectors of spectral norm. Torch moves them on
+every read in training mode, so that looking at a shape, or recomputing a checkpointed segment, changes the model.
+Here a read *computes* the advanced state, once for each change of the originals, and uses it; the buffers take it over
+when the owner's forward ends, or when the mode changes. See ``README.md`` beside this file, "State".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["frozen", "value_at_rest"]
+from torchkiln._core.chain import chains_of, is_parametrized
+
+__all__ = ["AdvancingStep", "advances_state", "follow_forward", "frozen", "unfollow_forward", "value_at_rest"]
+
+State = tuple[Tensor, ...]
+
+
+class _Progress(NamedTuple):
+    """How far the state has come."""
+
+    change: tuple[Any, ...] | None  # the originals that the state was last advanced for; None: to be advanced
+    ahead: State | None  # the state in use, where the buffers do not have it yet
+    buffers: tuple[tuple[int, int], ...]  # the buffers it belongs to: after a load it is void
+
+
+class AdvancingStep(nn.Module):
+    """A step whose buffers advance in training, at most once for each change of the originals.
+
+    A subclass names its buffers in ``state_names``, defines :meth:`advance`, and asks :meth:`current_state` for the
+    state in ``forward``.
+    """
+
+    advances_state: ClassVar[bool] = True
+    state_names: ClassVar[tuple[str, ...]] = ()
+    _progress: _Progress | None = None
+
+    def advance(self, x: Tensor, *state: Tensor) -> State:
+        """Return the state after ``state`` for the input ``x``, as new tensors; called without grad."""
+        raise NotImplementedError(f"{type(self).__name__} must define advance()")
+
+    def current_state(self, x: Tensor) -> State:
+        """Return the state to evaluate ``x`` with, in tensors that nothing writes to.
+
+        In eval mode it is the state as it is; in training mode it is advanced, unless it has been for these originals.
+        """
+        buffers = self._state_buffers()
+        change = self.__dict__.pop("_change", None)
+        if _is_traced():
+            return self._advanced_in_place(x, buffers) if self.training else buffers
+        progress = self._valid_progress(buffers)
+        if progress is not None and progress.ahead is not None:
+            state = progress.ahead
+        else:
+            state = tuple(buffer.clone() for buffer in buffers)
+        if not self.training or (progress is not None and change is not None and progress.change == change):
+            return state
+        with torch.no_grad():
+            state = self.advance(x.detach(), *state)
+        if change is None:  # not in a chain of ours: as torch, by every call
+            self._write(state)
+        elif not (torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active()):
+            self._progress = _Progress(change, state, _marks(buffers))
+        return state
+
+    def commit(self, *, advance_next: bool = False) -> None:
+        """Let the buffers take over the state in use; ``advance_next`` makes the next read in training advance it."""
+        progress = self._valid_progress(self._state_buffers())
+        if progress is not None and progress.ahead is not None:
+            self._write(progress.ahead)
+        if progress is not None:
+            change = None if advance_next else progress.change
+            self._progress = _Progress(change, None, _marks(self._state_buffers()))
+
+    def train(self, mode: bool = True) -> AdvancingStep:
+        """Set the mode, and let the buffers take over the state in use."""
+        self.commit()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        progress = self._valid_progress(self._state_buffers())
+        if progress is not None and progress.ahead is not None:
+            destination.update(zip((prefix + name for name in self.state_names), progress.ahead, strict=True))
+
+    def _state_buffers(self) -> State:
+        return tuple(buffer for name in self.state_names if (buffer := self._buffers.get(name)) is not None)
+
+    def _valid_progress(self, buffers: State) -> _Progress | None:
+        progress = self._progress
+        return progress if progress is not None and progress.buffers == _marks(buffers) else None
+
+    def _write(self, state: State) -> None:
+        # In place: DistributedDataParallel and DataParallel hold on to the buffers themselves.
+        with torch.no_grad():
+            for buffer, tensor in zip(self._state_buffers(), state, strict=True):
+                buffer.copy_(tensor)
+
+    def _advanced_in_place(self, x: Tensor, buffers: State) -> State:
+        with torch.no_grad():
+            self._write(self.advance(x.detach(), *buffers))
+            return tuple(buffer.clone() for buffer in buffers)
+
+
+def _marks(buffers: State) -> tuple[tuple[int, int], ...]:
+    return tuple((id(buffer), 0 if buffer.is_inference() else buffer._version) for buffer in buffers)
+
+
+def _is_traced() -> bool:
+    """Return whether a graph is being recorded: it sees no version counters, and reads once for each forward."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def advances_state(step: nn.Module) -> bool:
+    """Return whether reading ``step`` in training mode advances its buffers: ours, or torch's own spectral norm."""
+    return getattr(type(step), "advances_state", False) or type(step).__qualname__ == "_SpectralNorm"
+
+
+def follow_forward(module: nn.Module, step: nn.Module) -> None:
+    """Let the state of ``step``, newly registered on ``module``, be committed whenever ``module``'s forward ends."""
+    if isinstance(step, AdvancingStep):
+        step.commit(advance_next=True)  # the checks of the registration were no use of the tensor
+        if _commit_after_forward not in module._forward_hooks.values():
+            module.register_forward_hook(_commit_after_forward)
+
+
+def unfollow_forward(module: nn.Module) -> None:
+    """Undo :func:`follow_forward` once no step of ``module`` advances."""
+    if not any(True for _ in _advancing_steps(module)):
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is _commit_after_forward:
+                del module._forward_hooks[key]
+
+
+def _commit_after_forward(module: nn.Module, _arguments: Any, _output: Any) -> None:
+    if module.training and not _is_traced():
+        for step in _advancing_steps(module):
+            step.commit()
+
+
+def _advancing_steps(module: nn.Module) -> Iterator[AdvancingStep]:
+    if is_parametrized(module):
+        for chain in chains_of(module).values():
+            for step in chain.modules():
+                if isinstance(step, AdvancingStep):
+                    yield step
 
 
 @contextmanager
 def frozen(chain: nn.Module) -> Iterator[None]:
     """Keep the state of ``chain``'s steps while the context is open.
 
-    A step whose class has ``advances_state = True`` changes its buffers when it is read in training mode (the power
-    iteration of spectral norm). Such steps, and torch's own, are put into eval mode for the time of the context; all
-    others run in the mode they are in.
+    Steps that advance are put into eval mode for the time of the context; all others run in the mode they are in.
     """
-    advancing = [step for step in chain.modules() if step.training and _advances_state(step)]
+    advancing = [step for step in chain.modules() if step.training and advances_state(step)]
     for step in advancing:
         step.training = False
     try:
@@ -26,10 +166,6 @@ def frozen(chain: nn.Module) -> Iterator[None]:
     finally:
         for step in advancing:
             step.training = True
-
-
-def _advances_state(step: nn.Module) -> bool:
-    return getattr(type(step), "advances_state", False) or type(step).__qualname__ == "_SpectralNorm"
 
 
 def value_at_rest(chain: nn.Module) -> Tensor:

@@ -133,25 +133,26 @@ def as_matrix(W: Tensor, dim: int) -> Tensor:
     return W.movedim(dim, 0).flatten(1)
 
 
-@torch.no_grad()
-def power_iteration(M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float) -> None:
-    r"""Improve the singular vectors ``u`` and ``v`` of the largest singular value of ``M``, in place.
+def power_iteration(M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float) -> tuple[Tensor, Tensor]:
+    r"""Return better singular vectors than ``u`` and ``v`` of the largest singular value of ``M``.
 
-    Each step is :math:`u \leftarrow M v / \|M v\|`, then :math:`v \leftarrow M^H u / \|M^H u\|`. They are written in
-    place so that replicas which share the storage see the progress (``nn.DataParallel``).
+    Each step is :math:`u \leftarrow M v / \|M v\|`, then :math:`v \leftarrow M^H u / \|M^H u\|`.
 
     Args:
         M: matrix of shape (h, w).
-        u: unit vector of length h, written.
-        v: unit vector of length w, written.
+        u: unit vector of length h.
+        v: unit vector of length w.
         steps: number of iterations.
         eps: norms below it count as ``eps``.
     """
+    dtype = u.dtype
     with full_precision(M):
         M = widen(M)
+        v = v.to(M.dtype)
         for _ in range(steps):
-            F.normalize(torch.mv(M, v.to(M.dtype)), dim=0, eps=eps, out=u)
-            F.normalize(torch.mv(M.mH, u.to(M.dtype)), dim=0, eps=eps, out=v)
+            u = F.normalize(torch.mv(M, v), dim=0, eps=eps)
+            v = F.normalize(torch.mv(M.mH, u), dim=0, eps=eps)
+    return u.to(dtype), v.to(dtype)
 
 
 def spectral_normalize(W: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
