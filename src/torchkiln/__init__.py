@@ -15,8 +15,9 @@ from torchkiln._core.errors import (
     TorchkilnError,
     TorchkilnWarning,
 )
+from torchkiln._core.stack import Stack, stack
 from torchkiln._install import install, installed, uninstall
-from torchkiln.models import Report, bake, restore, summary
+from torchkiln.models import Report, bake, baked, load_state_dict, restore, state_dict, summary
 
 if TYPE_CHECKING:
     from torchkiln import checkpoint
@@ -30,15 +31,20 @@ __all__ = [
     "OutputExistsError",
     "ParametrizationError",
     "Report",
+    "Stack",
     "TorchkilnError",
     "TorchkilnWarning",
     "bake",
+    "baked",
     "checkpoint",
     "install",
     "installed",
+    "load_state_dict",
     "parametrizations",
     "parametrize",
     "restore",
+    "stack",
+    "state_dict",
     "summary",
     "uninstall",
 ]

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchkiln._core.errors import ParametrizationError, describe
+from torchkiln._core.request import check_lazy, no_tensor
 from torchkiln._core.state import AdvancingStep
 from torchkiln.families import _maps
-from torchkiln.families._legacy_keys import read_weight_norm_keys
 from torchkiln.parametrize import register_parametrization
 
 __all__ = ["orthogonal", "spectral_norm", "weight_norm"]
@@ -27,9 +27,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def _tensor(module: nn.Module, name: str) -> Tensor:
     tensor = getattr(module, name, None)
     if not isinstance(tensor, Tensor):
-        raise ParametrizationError(
-            f"Module '{describe(module)}' has no parameter or buffer with name '{name}'"
+        raise no_tensor(
+            module, name, f"Module '{describe(module)}' has no parameter or buffer with name '{name}'"
         )
+    check_lazy(module, name)
     return tensor
 
 
@@ -243,7 +244,6 @@ def weight_norm(module: ModuleT, name: str = "weight", dim: int | None = 0) -> M
         Salimans and Kingma, "Weight Normalization", arXiv:1602.07868.
     """
     register_parametrization(module, name, _WeightNorm(dim), unsafe=True)
-    read_weight_norm_keys(module, name)
     return module
 
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from torchkiln._core.cache import cached, current_scope, get_count, set_count
+from torchkiln._core.cache import cached, get_count, set_count, shared_scope
 from torchkiln._core.chain import ParametrizationList, is_parametrized
 from torchkiln._core.register import register_parametrization, transfer_parametrizations_and_params
 from torchkiln._core.remove import remove_parametrizations, type_before_parametrizations
@@ -37,13 +37,13 @@ class _Module(ModuleType):
 
     @property
     def _cache(self) -> dict[tuple[int, str], Tensor]:
-        return current_scope()
+        return shared_scope()
 
     @_cache.setter
     def _cache(self, values: Mapping[tuple[int, str], Tensor]) -> None:
         given = dict(values)
-        current_scope().clear()
-        current_scope().update(given)
+        shared_scope().clear()
+        shared_scope().update(given)
 
 
 sys.modules[__name__].__class__ = _Module

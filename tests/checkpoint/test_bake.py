@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoint.cases import CASES, CONTAINERS, Case, Put, ids, read_file, same_bits, save, sn, wn
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from tests.checkpoint.cases import CASES, CONTAINERS, Case, Put, ids, read_file, same_bits, save, sn, wn
 from torchkiln import checkpoint
 from torchkiln._core.errors import CheckpointError, NothingToFoldError
 

@@ -13,9 +13,9 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from tests.checkpoint.cases import same_bits
 from torch import nn
 
+from tests.checkpoint.cases import same_bits
 from torchkiln import checkpoint
 from torchkiln._core.errors import CheckpointError
 

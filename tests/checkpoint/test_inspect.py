@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoint.cases import CASES, CONTAINERS, Case, ids, save
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from tests.checkpoint.cases import CASES, CONTAINERS, Case, ids, save
 from torchkiln import checkpoint
 
 

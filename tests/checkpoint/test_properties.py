@@ -10,16 +10,16 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tests.checkpoint.cases import read_file, same_bits, save
 from torch import Tensor
 
+from tests.checkpoint.cases import read_file, same_bits, save
 from torchkiln import checkpoint
 from torchkiln._core.errors import CheckpointError, NothingToFoldError
-from torchkiln.checkpoint import _fold
+from torchkiln._core.spellings import fold
+from torchkiln._core.spellings.options import Options
+from torchkiln._core.spellings.recognise import recognise
+from torchkiln._core.spellings.spelled import spectral_norm_dims, weight_norm_dims
 from torchkiln.checkpoint._io import Entry, Group
-from torchkiln.checkpoint._options import Options
-from torchkiln.checkpoint._recognise import recognise
-from torchkiln.checkpoint._spelled import spectral_norm_dims, weight_norm_dims
 
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 matrices = st.lists(st.integers(1, 4), min_size=2, max_size=4).map(tuple)
@@ -48,7 +48,7 @@ def test_every_dim_of_a_gain_with_one_element_means_the_same(
 ) -> None:
     v, dim = drawn(data, shape)
     g = torch.norm_except_dim(v, 2, -1 if dim is None else dim) * 1.5
-    one, *others = (_fold.weight_norm(g, v, d) for d in weight_norm_dims(tuple(g.shape), shape))
+    one, *others = (fold.weight_norm(g, v, d) for d in weight_norm_dims(tuple(g.shape), shape))
     for other in others:
         torch.testing.assert_close(other, one)
 
@@ -59,7 +59,7 @@ def test_spectral_norm_dims_contain_the_dim_that_made_the_vectors(
 ) -> None:
     W, dim = drawn(data, shape)
     assume(dim is not None)
-    rows, columns = _fold.matrix(W, dim or 0).shape
+    rows, columns = fold.matrix(W, dim or 0).shape
     assert dim in spectral_norm_dims(shape, (rows,), (columns,))
 
 
@@ -68,7 +68,7 @@ def test_split_gain_is_the_inverse_of_weight_norm_to_the_bit(
     shape: tuple[int, ...], data: st.DataObject
 ) -> None:
     W, dim = drawn(data, shape)
-    assert torch.equal(_fold.weight_norm(*_fold.split_gain(W, dim), dim), W)
+    assert torch.equal(fold.weight_norm(*fold.split_gain(W, dim), dim), W)
 
 
 @given(shapes, st.data())
@@ -76,17 +76,17 @@ def test_folds_agree_with_their_definitions(shape: tuple[int, ...], data: st.Dat
     v, dim = drawn(data, shape)
     v = v.double()
     g = torch.norm_except_dim(v, 2, -1 if dim is None else dim) * 1.5
-    torch.testing.assert_close(_fold.weight_norm(g, v, dim), _fold.exact_weight_norm(g, v, dim))
+    torch.testing.assert_close(fold.weight_norm(g, v, dim), fold.exact_weight_norm(g, v, dim))
 
 
 @given(matrices, st.data())
 def test_singular_pair_gives_norm_one(shape: tuple[int, ...], data: st.DataObject) -> None:
     W, dim = drawn(data, shape)
     W, dim = W.double(), dim or 0
-    u, v, sigma = _fold.singular_pair(W, dim)
-    normed = _fold.spectral_norm(W, u, v, dim)
+    u, v, sigma = fold.singular_pair(W, dim)
+    normed = fold.spectral_norm(W, u, v, dim)
     torch.testing.assert_close(normed, W / sigma)
-    torch.testing.assert_close(_fold.exact_spectral_norm(W, u, v, dim), normed)
+    torch.testing.assert_close(fold.exact_spectral_norm(W, u, v, dim), normed)
 
 
 def spelled(style: str, prefix: str, name: str, g: Tensor, v: Tensor) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoint.cases import same_bits
 from torch import Tensor, nn
 
+from tests.checkpoint.cases import same_bits
 from torchkiln import checkpoint
 from torchkiln._core.errors import CheckpointError
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.checkpoint.cases import CASES, Case, ids, save
 from torch import Tensor, nn
 
+from tests.checkpoint.cases import CASES, Case, ids, save
 from torchkiln import checkpoint
 from torchkiln._core.errors import CheckpointError, NothingToFoldError
 

@@ -11,7 +11,7 @@ from torch.nn import utils
 from torch.nn.utils import prune
 
 from torchkiln import parametrizations
-from torchkiln._core.errors import NothingToFoldError
+from torchkiln._core.errors import NothingToFoldError, TorchkilnWarning
 from torchkiln.models import Report, bake, restore, summary
 
 from .build import LAYERS, RankOne, Scale, Symmetric, anatomy, everything, registered
@@ -53,10 +53,8 @@ def test_restore_of_pruning_gives_the_weight_before_it():
 
 
 def test_restore_keeps_ties():
-    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
-    second.weight = first.weight
-    registered(Symmetric())(first)
-    registered(Scale())(second)
+    first, second = registered(Symmetric())(nn.Linear(4, 4)), registered(Scale())(nn.Linear(4, 4))
+    second.parametrizations.weight.original = first.parametrizations.weight.original
     restore(nn.ModuleList([first, second]))
     assert first.weight is second.weight
 
@@ -156,6 +154,8 @@ def test_a_report_goes_to_json_and_back():
                 "shape": [3, 2],
                 "keys": ["0.parametrizations.weight.original0", "0.parametrizations.weight.original1"],
                 "parameters": 9,
+                "tied": [],
+                "rounding": 0.0,
             }
         ],
         "left": 0,
@@ -173,8 +173,15 @@ def test_a_report_prints_as_a_table():
     ]
 
 
-@pytest.mark.parametrize("verb", [bake, restore, summary])
-def test_an_empty_report_says_so(verb):
-    text = str(verb(nn.Linear(2, 2)))
-    assert text.startswith(f"{verb.__name__}: nothing ")
-    assert text.endswith("no tensor of the model is parametrized, normed by a hook or pruned")
+NONE = "no tensor of the model is parametrized, normed by a hook or pruned"
+
+
+def test_an_empty_summary_says_so():
+    assert str(summary(nn.Linear(2, 2))) == f"summary: nothing is computed; {NONE}"
+
+
+@pytest.mark.parametrize("verb", [bake, restore])
+def test_a_verb_that_does_nothing_warns_and_says_so(verb):
+    with pytest.warns(TorchkilnWarning, match=f"^{verb.__name__}: nothing to {verb.__name__}; {NONE}$"):
+        report = verb(nn.Linear(2, 2))
+    assert str(report) == f"{verb.__name__}: nothing to {verb.__name__}; {NONE}"

@@ -28,6 +28,8 @@ import torch.nn.utils.parametrizations as torch_parametrizations
 import torch.nn.utils.parametrize as torch_parametrize
 from torch import Tensor, nn
 
+from torchkiln._core.writes import ComputedTensor
+
 
 @dataclass(frozen=True)
 class Impl:
@@ -105,7 +107,8 @@ def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     """Kind, dtype, shape, gradient flag and bits of a tensor."""
     kind = "parameter" if isinstance(tensor, nn.Parameter) else "tensor"
     plain = tensor.detach()
-    if type(tensor) not in (Tensor, nn.Parameter):
+    # What ours returns outside of a forward carries writes back; in all else it is a plain tensor.
+    if type(tensor) not in (Tensor, nn.Parameter, ComputedTensor):
         kind = f"{kind} {type(tensor).__name__}"
     bits = plain.resolve_conj().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return kind, str(plain.dtype), tuple(plain.shape), tensor.requires_grad, bits

@@ -12,12 +12,16 @@ OPTION = "--requirements-table"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(OPTION, type=Path, help="run the slow tests too and write the table of requirements here")
+    parser.addoption(
+        OPTION, type=Path, help="run the slow tests too and write the table of requirements here"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "row(number, issue): the row of tests/requirements/table.py")
-    config.addinivalue_line("markers", "fails_on(implementation, reason, raises): a strict xfail on one of them")
+    config.addinivalue_line(
+        "markers", "fails_on(implementation, reason, raises): a strict xfail on one of them"
+    )
     target: Path | None = config.getoption(OPTION, default=None)
     if target is not None:
         config.option.markexpr = ""  # the slow tests as well

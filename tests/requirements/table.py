@@ -69,7 +69,9 @@ class Outcome:
 
 
 def fails_on(
-    implementation: str, reason: str, raises: type[BaseException] | tuple[type[BaseException], ...] = AssertionError
+    implementation: str,
+    reason: str,
+    raises: type[BaseException] | tuple[type[BaseException], ...] = AssertionError,
 ) -> pytest.MarkDecorator:
     """Mark one parameter set of a ``row`` test as one that must fail on one implementation.
 

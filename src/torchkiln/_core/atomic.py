@@ -17,7 +17,7 @@ __all__ = ["all_or_nothing"]
 def all_or_nothing(module: nn.Module, *tensors: Tensor) -> Iterator[None]:
     """Put back ``module``'s class, tensors and submodules, and the data of ``tensors``, if the block raises."""
     cls = type(module)
-    data = [tensor.detach() for tensor in tensors]
+    data = [(tensor, tensor.detach(), _version(tensor)) for tensor in tensors]
     containers: list[Any] = [
         module._parameters,
         module._buffers,
@@ -34,6 +34,12 @@ def all_or_nothing(module: nn.Module, *tensors: Tensor) -> Iterator[None]:
             container.clear()
             container.update(content)
         object.__setattr__(module, "__class__", cls)
-        for tensor, before in zip(tensors, data, strict=True):
-            set_data(tensor, before)
+        for tensor, before, version in data:
+            # Writing unchanged data back would count as a write, and end graphs that have saved the tensor.
+            if _version(tensor) != version:
+                set_data(tensor, before)
         raise
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

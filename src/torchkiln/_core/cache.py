@@ -1,87 +1,86 @@
 """Evaluate a parametrization once: the ``cached()`` scope and what makes an entry usable.
 
 A scope belongs to the thread or task that opened it. An entry is used only while everything it was computed
-from is as it was then: the identity and version of each tensor of the chain, the training mode of its steps, and
-the grad, inference and autocast modes. Otherwise the value is computed again, so it is never stale and never
-without the gradient that is due. See ``README.md`` beside this file, "The cache".
+from is as it was then: the tensors, attributes and submodules of the chain, the grad and autocast modes, and the
+graph behind the value. Otherwise the value is computed again, so it is never stale and never without the gradient
+that is due. See ``README.md`` beside this file, "The cache".
 """
 
 from __future__ import annotations
 
-import threading
+import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["any_scope_open", "cached", "cached_value", "current_scope", "get_count", "set_count"]
+from torchkiln._core.proof import Proof
+
+__all__ = [
+    "any_scope_open",
+    "cached",
+    "cached_value",
+    "evaluate_once",
+    "get_count",
+    "set_count",
+    "shared_scope",
+]
+
+# Looked up once: each read in a scope calls them.
+_tracing_state = torch._C._get_tracing_state
+_transform_level = torch._C._functorch.maybe_current_level
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_backward_pass = torch._C._current_graph_task_id
 
 Key = tuple[int, str]
+Frame = tuple[int, int | None, int, int, object, int]
 
 
-class _Proof:
-    """What an entry was computed from, and whether all of it is still so."""
+def _frame() -> Frame:
+    """Return in which thread, transform, mode, checkpointed segment and backward pass this code runs.
 
-    __slots__ = ("chain", "modes", "modules", "tensors", "value")
-
-    def __init__(self, value: Tensor, chain: nn.Module, forget: _Forget) -> None:
-        self.value = value
-        self.chain = weakref.ref(chain, forget)
-        self.modes = _modes()
-        # Where each tensor and module was found, what was found there, and in which state.
-        self.tensors: list[tuple[dict[str, Any], str, Tensor, int, int, bool]] = []
-        self.modules: list[tuple[nn.Module, bool, tuple[nn.Module | None, ...]]] = []
-        self._collect(chain)
-
-    def _collect(self, module: nn.Module) -> None:
-        children = tuple(module._modules.values())
-        self.modules.append((module, module.training, children))
-        for place in (module._parameters, module._buffers):
-            for name, tensor in place.items():
-                if tensor is not None:
-                    state = (tensor._version, tensor.data_ptr(), tensor.requires_grad)
-                    self.tensors.append((place, name, tensor, *state))
-        for child in children:
-            if child is not None:
-                self._collect(child)
-
-    def holds(self, chain: nn.Module) -> bool:
-        if self.chain() is not chain or self.modes != _modes():
-            return False
-        for place, name, tensor, version, address, requires_grad in self.tensors:
-            if place.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                return False
-            if tensor.requires_grad is not requires_grad:
-                return False
-        for module, training, children in self.modules:
-            if module.training is not training or tuple(module._modules.values()) != children:
-                return False
-        return True
-
-
-def _modes() -> tuple[Any, ...]:
-    """Return the modes that decide what a computation returns."""
-    if not torch._C._is_any_autocast_enabled():
-        return (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    devices = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(device)]
-    dtypes = [torch.get_autocast_dtype(device) for device in devices]
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), devices, dtypes)
+    A scope is used only where it was opened. A value made within a transform must not be seen outside, and one from
+    outside not be used within a checkpointed segment, which has to do the same in its first run and in its second.
+    A copied context even takes a scope into another thread (``asyncio.to_thread``).
+    """
+    return (
+        get_ident(),
+        _transform_level(),
+        _dispatch_modes(),
+        _function_modes(),
+        _saved_tensors_hooks(True),
+        _backward_pass(),
+    )
 
 
 class Scope(dict[Key, Tensor]):
-    """The values computed since the outermost ``cached()`` of a thread or task was entered.
+    """The values computed since a scope was entered.
 
     As a dict from ``(id(module), tensor_name)`` to tensors it is what torch has as ``parametrize._cache``.
+
+    Args:
+        members: The ``id`` of each module whose tensors are kept; None for those of every module. That an id may pass
+            to another module is harmless: its values are proven like any other.
+        is_forward: Whether it is that of one forward, and so does not outlive what FSDP gathers for that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, members: frozenset[int] | None = None, *, is_forward: bool = False) -> None:
         super().__init__()
-        self.proofs: dict[Key, _Proof] = {}
-        self.depth = 0
+        self.members = members
+        self.is_forward = is_forward
+        self.proofs: dict[Key, Proof] = {}
+        self.is_open = False
+        self.outer: Scope | None = None
+        # Where it may be used; None while it is closed, and during an evaluation: what a step reads then would share
+        # its graph with the value.
+        self.frame: Frame | None = None
 
     def value(self, key: Key, chain: nn.Module) -> Tensor:
         """Return the usable entry of ``key``, else ``chain()``, remembered."""
@@ -91,11 +90,16 @@ class Scope(dict[Key, Tensor]):
             # Without a proof of its own the value was put in by outside code, and is used as it is.
             if proof is None or proof.value is not known or proof.holds(chain):
                 return known
-        value: Tensor = chain()
+        frame, self.frame = self.frame, None
         try:
-            # Taken after the evaluation, which may have advanced the state of a step.
-            proof = _Proof(value, chain, _Forget(self, key))
-        except RuntimeError:  # an inference tensor has no version counter, a functorch wrapper no address
+            value = _evaluate(chain)
+        finally:
+            self.frame = frame
+        # Taken after the evaluation, which may have advanced the state of a step.
+        try:
+            proof = Proof(value, chain, _Forget(self, key))
+        # No version counter (inference), or no memory of its own (meta, subclasses).
+        except (RuntimeError, TypeError):
             return value
         self[key] = value
         self.proofs[key] = proof
@@ -104,6 +108,16 @@ class Scope(dict[Key, Tensor]):
     def clear(self) -> None:
         super().clear()
         self.proofs.clear()
+
+
+def _evaluate(chain: nn.Module) -> Tensor:
+    """Return ``chain()``; in inference mode as a tensor with a version counter, which can be kept."""
+    if not torch.is_inference_mode_enabled() or any(
+        tensor.is_inference() for tensor in (*chain.parameters(), *chain.buffers())
+    ):
+        return chain()  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
+    with torch.inference_mode(False), torch.no_grad():
+        return chain()  # type: ignore[no-any-return]  # as above
 
 
 class _Forget:
@@ -130,7 +144,7 @@ class _OpenScopes:
     def __init__(self) -> None:
         self.flag = False
         self.count = 0
-        self.lock = threading.Lock()
+        self.lock = Lock()
 
     def add(self, change: int) -> None:
         with self.lock:
@@ -139,21 +153,69 @@ class _OpenScopes:
 
 
 any_scope_open = _OpenScopes()
+# The innermost scope here; each knows the one around it. Tasks inherit it from the code that creates them.
 _scope: ContextVar[Scope | None] = ContextVar("torchkiln_cached", default=None)
-# Outside code (bitsandbytes, axolotl) counts parametrize._cache_enabled up and down, and replaces or fills
-# parametrize._cache. Such writes keep torch's effect: while the count is up, every thread reads through this scope.
-_process_scope = Scope()
+
+
+class _ProcessScope(Scope):
+    """The scope of outside code, which every thread reads through while it is open.
+
+    bitsandbytes and axolotl count ``parametrize._cache_enabled`` up and down, and replace or fill
+    ``parametrize._cache``. Such writes keep torch's effect.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def set_count(self, count: int) -> None:
+        self.count = max(count, 0)
+        if self.is_open != (self.count > 0):
+            self.is_open = not self.is_open
+            any_scope_open.add(+1 if self.is_open else -1)
+
+    def serves(self, frame: Frame) -> bool:
+        # Every thread, and no transform or segment: that is where it would have been opened.
+        return self.is_open and frame[1:] == _PLAIN
+
+
+_PLAIN = (None, 0, 0, None, -1)
+_process_scope = _ProcessScope()
 
 
 @contextmanager
-def cached() -> Iterator[None]:
+def cached(model: nn.Module | None = None) -> Iterator[None]:
     """Compute each parametrized tensor once while the context is open.
 
-    Useful where a forward pass reads a tensor several times: a recurrent kernel, a shared weight. The scope holds
-    for the thread or asyncio task that opened it, nests, and forgets its values when the outermost one closes. A
-    value is computed again when an original, a mode (grad, inference, autocast, train/eval) or the state of a step
-    has changed since, so an optimizer step or a ``load_state_dict`` inside the scope is seen. Writes that move no
-    version counter (``tensor.data.add_(...)``) are the exception.
+    Useful where a forward pass reads a tensor several times: a recurrent kernel, a shared weight. With ``model`` only
+    the tensors of the modules it has on entry are kept; such a scope may stay open as long as the model serves, which
+    then costs little more than a baked one.
+
+    **Never stale.** A value is used again only while all it was computed from is as it was: the tensors, attributes,
+    training mode and submodules of the steps, the grad and autocast modes, and the graph behind it, which a backward
+    pass uses up. Otherwise the tensor is computed again. So an optimizer step, ``load_state_dict``, ``.to()``, an
+    assignment, a step that is added or removed, and a write to the value itself are all seen, and no value lacks the
+    gradient that is due.
+
+    **Whose.** A scope holds for the thread or asyncio task that opened it. A task created inside inherits it, another
+    thread never does. Where scopes nest, the outermost one that keeps a tensor serves it. Inside ``torch.func``
+    transforms, dispatch modes, checkpointed segments and backward passes, only scopes opened there are used.
+
+    **Not kept.** Entries hold modules weakly, one value for each tensor. Tensors without a version counter (made in
+    inference mode) or without memory of their own (meta, sparse, ``DTensor``) are computed at each read; those of a
+    module under FSDP are kept within one forward of the module at most.
+
+    **Not seen.** Writes that PyTorch itself does not count: in place through ``tensor.data`` or ``tensor.numpy()``, by
+    a collective or a kernel of your own. Tell it so by ``torch.autograd.graph.increment_version(tensor)``, or close the
+    scope. (``tensor.data = other`` is seen, and so is a step of any ``torch.optim.Optimizer``.) Neither is what a step
+    takes from elsewhere: a global, the contents of a list, a hook on it, a module that is no submodule of it.
+    ``torch.compile`` and export evaluate once for each read in the graph, whatever scope is open.
+
+    Args:
+        model: Whose tensors to keep; those of every module where it is None.
+
+    Raises:
+        TypeError: ``model`` is no module.
 
     Example:
         >>> import torch
@@ -165,53 +227,119 @@ def cached() -> Iterator[None]:
         True
         >>> layer.weight is layer.weight
         False
+        >>> with parametrize.cached(layer), torch.no_grad():
+        ...     outputs = [layer(torch.ones(1, 3)) for _ in range(3)]  # one evaluation
     """
-    scope = _scope.get()
-    if scope is None:
-        scope = _process_scope if _process_scope.depth else Scope()
+    if not (model is None or isinstance(model, nn.Module)):
+        raise TypeError(f"cached() expected a module or nothing, got {type(model).__name__}.")
+    scope = Scope(None if model is None else frozenset(map(id, model.modules())))
+    if model is None and shared_scope() is _process_scope:
         scope.update(_process_scope)
-    token = _scope.set(scope)
-    _change_depth(scope, +1)
+    try:
+        with _entered(scope):
+            yield
+    finally:
+        if not get_count():
+            _process_scope.clear()  # as on torch, what outside code put in goes with the last scope
+
+
+@contextmanager
+def _entered(scope: Scope) -> Iterator[None]:
+    scope.outer = _innermost_open()
+    scope.is_open = True
+    scope.frame = _frame()
+    _scope.set(scope)
+    any_scope_open.add(+1)
     try:
         yield
     finally:
-        _change_depth(scope, -1)
-        _scope.reset(token)
-        if not _process_scope.depth:
-            _process_scope.clear()
+        any_scope_open.add(-1)
+        scope.is_open = False
+        scope.frame = None
+        scope.clear()  # its proofs refer to it: without a cycle it is freed at once
+        # Not to what was there on entry: generators close in any order, and in other contexts.
+        _scope.set(_innermost_open())
 
 
-def _change_depth(scope: Scope, change: int) -> None:
-    scope.depth += change
-    any_scope_open.add(change)
-
-
-def current_scope() -> Scope:
-    """Return the scope that reads here go through, or would if outside code turned the cache on."""
+def _innermost_open() -> Scope | None:
     scope = _scope.get()
-    return _process_scope if scope is None else scope
+    while scope is not None and not scope.is_open:
+        scope = scope.outer
+    return scope
+
+
+def evaluate_once(base: type[nn.Module]) -> Callable[..., Any]:
+    """Return a ``forward`` that runs ``base``'s and evaluates each computed tensor of the module at most once.
+
+    A recurrent layer or an attention layer reads its weights several times in a forward. The scope is the
+    module's own: what other modules compute meanwhile is not kept.
+    """
+
+    @functools.wraps(base.forward)
+    def forward_once(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        # Graphs evaluate once anyway, and torch.compile cannot read a ContextVar.
+        if torch.compiler.is_compiling() or _tracing_state() is not None or _scope_for(self) is not None:
+            return base.forward(self, *arguments, **keywords)  # looked up now: it may have been patched
+        with _entered(Scope(frozenset((id(self),)), is_forward=True)):
+            return base.forward(self, *arguments, **keywords)
+
+    return forward_once
+
+
+def _scope_for(module: nn.Module) -> Scope | None:
+    """Return the outermost scope that keeps ``module``'s tensors and may be used here."""
+    frame = _frame()
+    # FSDP frees a parameter after the forward, and fills it anew for the next one, which no version counter shows.
+    may_outlive_forward = "_is_fsdp_managed_module" not in module.__dict__
+    if _process_scope.is_open and may_outlive_forward and _process_scope.serves(frame):
+        return _process_scope
+    found = None
+    scope = _scope.get()
+    while scope is not None:
+        if (
+            scope.frame == frame
+            and (scope.members is None or id(module) in scope.members)
+            and (may_outlive_forward or scope.is_forward)
+        ):
+            found = scope
+        scope = scope.outer
+    return found
+
+
+def _scopes_of_cached() -> list[Scope]:
+    """Return the open scopes of ``cached()`` here, the outermost first."""
+    found = []
+    scope = _scope.get()
+    while scope is not None:
+        if scope.frame is not None and scope.members is None and scope.frame[0] == get_ident():
+            found.append(scope)
+        scope = scope.outer
+    return found[::-1]
+
+
+def shared_scope() -> Scope:
+    """Return the scope of ``cached()`` here, or the one that outside code has turned on, or may."""
+    return _process_scope if _process_scope.is_open else next(iter(_scopes_of_cached()), _process_scope)
 
 
 def get_count() -> int:
     """Return how many scopes are open here: torch's ``parametrize._cache_enabled``."""
-    return current_scope().depth
+    return _process_scope.count + len(_scopes_of_cached())
 
 
 def set_count(count: int) -> None:
     """Open or close scopes by number, as outside code does by writing ``parametrize._cache_enabled``."""
-    scope = current_scope()
-    _change_depth(scope, count - scope.depth)
+    _process_scope.set_count(count - len(_scopes_of_cached()))
     if count <= 0:
-        scope.clear()
+        _process_scope.clear()
 
 
 def cached_value(module: nn.Module, name: str, chain: nn.Module) -> Tensor:
     """Return ``chain()``, from the open scope where there is one; ``chain`` makes ``module``'s tensor ``name``."""
-    if torch.compiler.is_compiling():
-        return chain()  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any; one graph evaluates once anyway
-    scope = current_scope()
-    if not scope.depth:
+    # One graph evaluates once anyway.
+    scope = None if torch.compiler.is_compiling() else _scope_for(module)
+    if scope is None:
         return chain()  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
-    if torch._C._get_tracing_state() is not None:
+    if _tracing_state() is not None:
         raise RuntimeError("Cannot trace a model while caching parametrizations.")
     return scope.value((id(module), name), chain)

@@ -16,12 +16,17 @@ from torchkiln._core.errors import InverseError, ParametrizationError
 __all__ = [
     "ParametrizationList",
     "chains_of",
+    "copy_settings",
+    "enabled_steps",
     "is_parametrized",
     "original_names",
     "register_tensor",
     "set_data",
     "steps_of",
 ]
+
+
+_MODULE_CALL = nn.Module.__call__
 
 
 class ParametrizationList(nn.ModuleList):
@@ -50,12 +55,19 @@ class ParametrizationList(nn.ModuleList):
     unsafe: bool
     is_tensor: bool
     ntensors: int
+    _advances: bool = False  # whether a step has state that advances
     followers: tuple[str, ...] = ()  # the names that came after this tensor in its module, computed ones too
+    # Settings of stack.py, by the steps themselves: the indices change when somebody edits the list.
+    _disabled_steps: tuple[nn.Module, ...] = ()
+    _step_names: tuple[tuple[str, nn.Module], ...] = ()
 
     def __init__(self, modules: Sequence[nn.Module], original: Tensor, unsafe: bool = False) -> None:
         if len(modules) == 0:
             raise ParametrizationError("ParametrizationList requires one or more modules.")
         super().__init__(modules)
+        self.__dict__["__module__"] = "torch.nn.utils.parametrize"  # torch.fx decides by it what a leaf is
+        # Set, though the class has it: torch.compile tells an attribute of the instance from one of the class.
+        self._disabled_steps = ()
         self.unsafe = unsafe
         with torch.no_grad():
             inverse = initial_inverse(modules, original)
@@ -92,20 +104,26 @@ class ParametrizationList(nn.ModuleList):
 
     def originals(self) -> tuple[Any, ...]:
         """Return the originals in the order in which the first step takes them."""
-        return tuple(getattr(self, name) for name in original_names(self))
+        held = self._parameters  # not getattr(): nn.Module.__getattr__ would cost as much as all the rest
+        names = original_names(self)
+        return tuple([held[name] if name in held else getattr(self, name) for name in names])
 
     def __call__(self) -> Tensor:
         """Compute the tensor; hooks on the chain run as on any module."""
-        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
+        hooked = (
+            self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        )
+        if hooked or nn.Module.__call__ is not _MODULE_CALL:  # torch.fx patches it while it traces
             return super().__call__()  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
         return self.forward()
 
     def forward(self) -> Tensor:
         """Compute the tensor from its originals."""
         steps = self._modules
-        if self.training:
+        if self._advances and self.training:
             self._announce_change()
-        # The dictionaries, not the attributes: nn.Module.__getattr__ would cost as much as all the rest.
+        if self._disabled_steps:
+            return self._forward_of_enabled()
         original = self._parameters.get("original")
         x: Tensor = steps["0"](*self.originals()) if original is None else steps["0"](original)
         if len(steps) > 1:
@@ -114,6 +132,20 @@ class ParametrizationList(nn.ModuleList):
                 x = step(x)
                 index += 1
         return x
+
+    def _forward_of_enabled(self) -> Tensor:
+        steps, originals = enabled_steps(self), self.originals()
+        # A first step with several originals cannot be disabled.
+        x: Tensor = originals[0] if self.is_tensor else steps.pop(0)(*originals)
+        for step in steps:
+            x = step(x)
+        return x
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a step, or a submodule that is none."""
+        super().add_module(name, module)
+        if getattr(type(module), "advances_state", False):
+            self._advances = True
 
     def _announce_change(self) -> None:
         """Tell the steps whose state advances which versions of the tensors they are evaluated for."""
@@ -139,7 +171,7 @@ class ParametrizationList(nn.ModuleList):
         with torch.no_grad():
             # A step may return its input: what the caller holds must not become the original.
             inverse: Any = value.detach().clone() if isinstance(value, Tensor) else value  # type: ignore[redundant-expr]  # users may pass anything
-            for step in reversed(steps_of(self)):
+            for step in reversed(enabled_steps(self)):
                 if not hasattr(step, "right_inverse"):
                     raise InverseError(
                         f"parametrization {type(step).__name__} does not implement right_inverse."
@@ -239,6 +271,19 @@ def steps_of(chain: nn.Module) -> list[nn.Module]:
     They are the items ``0, 1, ...``; a chain whose original is parametrized has another submodule beside them.
     """
     return list(_iterate_steps(chain))
+
+
+def enabled_steps(chain: nn.Module) -> list[nn.Module]:
+    """Return the steps of a chain that are not disabled, first to last."""
+    disabled = chain.__dict__.get("_disabled_steps", ())
+    return [step for step in _iterate_steps(chain) if not any(step is other for other in disabled)]
+
+
+def copy_settings(source: nn.Module, target: nn.Module) -> None:
+    """Let the steps that ``target`` has from ``source`` have the names there, and be disabled, as in ``source``."""
+    for setting in ("_disabled_steps", "_step_names"):
+        if value := source.__dict__.get(setting):
+            setattr(target, setting, (*target.__dict__.get(setting, ()), *value))
 
 
 def _iterate_steps(chain: nn.Module) -> Iterator[nn.Module]:

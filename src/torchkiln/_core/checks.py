@@ -13,7 +13,14 @@ from torchkiln._core.errors import ParametrizationError
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["check_alike", "check_step", "initial_inverse", "is_opaque", "says_no_inverse"]
+__all__ = [
+    "check_alike",
+    "check_output",
+    "check_step",
+    "initial_inverse",
+    "is_opaque",
+    "says_no_inverse",
+]
 
 
 def check_alike(

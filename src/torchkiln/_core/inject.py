@@ -9,13 +9,18 @@ other. See ``README.md`` beside this file.
 from __future__ import annotations
 
 import copyreg
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from torchkiln._core.cache import any_scope_open, cached_value
+from torchkiln._core.cache import any_scope_open, cached_value, evaluate_once
+from torchkiln._core.chain import ParametrizationList
+from torchkiln._core.spellings.respell import read_every_spelling
+from torchkiln._core.writes import watched
 
 __all__ = ["base_class", "chain_of", "parametrized_class", "set_names"]
 
@@ -25,6 +30,18 @@ _MODULE = "torch.nn.utils.parametrize"
 # Weak on both sides: neither a user's class nor an injected class lives longer than its users.
 _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple[str, ...], type]]
 _classes = weakref.WeakKeyDictionary()
+
+
+# These read a tensor once in a forward, so that nothing is gained by keeping it.
+_READ_ONCE = {
+    cls.forward
+    for cls in (
+        *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.PReLU),
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
+        ParametrizationList,
+    )
+}
 
 
 class ParametrizedMeta(type):
@@ -45,6 +62,24 @@ class ParametrizedMeta(type):
         if type(value) is property:
             value = _tensor_property(cls, attribute)
         super().__setattr__(attribute, value)
+
+    def mro(cls) -> list[type]:
+        first, *rest = super().mro()
+        return [first, *([_Unannounced] if "_being_made" in vars(cls) else []), *rest]
+
+
+class _Unannounced:
+    """Stands before a class's bases while it is made: a user's ``__init_subclass__`` is for the user's subclasses."""
+
+    def __init_subclass__(cls, **_arguments: Any) -> None:
+        """Do nothing, and hand on nothing."""
+
+
+def _make_class(metaclass: type, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> type:
+    cls = cast(type, metaclass(name, bases, {**namespace, "_being_made": True}))
+    type.__delattr__(cls, "_being_made")
+    type.__setattr__(cls, "__bases__", bases)  # Python asks for the order anew
+    return cls
 
 
 class _TensorProperty(property):
@@ -70,9 +105,12 @@ def _new_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
         "__reduce_ex__": _reduce_ex,
         "__prepare_scriptable__": _refuse_scripting,
     }
-    cls = _metaclass(base)(name, (base,), {**namespace, "_parametrized_names": names})
+    if base.forward not in _READ_ONCE:
+        namespace["forward"] = evaluate_once(base)
+    cls = _make_class(_metaclass(base), name, (base,), {**namespace, "_parametrized_names": names})
     for tensor_name in names:
         type.__setattr__(cls, tensor_name, _tensor_property(cls, tensor_name))
+    type.__setattr__(cls, "_load_from_state_dict", _loading(cast(type[nn.Module], cls)))
     return cast(type[nn.Module], cls)
 
 
@@ -99,7 +137,13 @@ def _tensor_property(cls: type, name: str) -> _TensorProperty:
         chain: Any = None if chains is None else chains._modules.get(name)
         if chain is None:
             return _plain_attribute(cls, self, name)
-        return cached_value(self, name, chain) if any_scope_open.flag else chain()
+        if any_scope_open.flag:
+            return cached_value(self, name, chain)
+        value = chain()
+        # A forward does not write into its weights; anyone else may want to (nn.init, reset_parameters).
+        if type(value) is not Tensor or torch.compiler.is_compiling():
+            return value
+        return value if sys._getframe(1).f_code.co_name == "forward" else watched(value, chain, name)
 
     def write(self: nn.Module, value: Tensor) -> None:
         chain = chain_of(self, name)
@@ -127,6 +171,22 @@ def _missing_attribute(base: type[nn.Module]) -> Callable[[nn.Module, str], Any]
         return base_getattr(self, name) if chain is None else chain()
 
     return find
+
+
+def _loading(cls: type[nn.Module]) -> Callable[..., None]:
+    """Return the method by which an injected class loads its tensors in every spelling."""
+
+    def load(self: nn.Module, *arguments: Any) -> None:
+        # A hook for the time of the call, and the last one, because those of the user may rename keys. It is not
+        # kept on the module: nothing to copy, to pickle or to remove.
+        register: Any = self._register_load_state_dict_pre_hook
+        handle = register(read_every_spelling, with_module=True)
+        try:
+            super(cls, self)._load_from_state_dict(*arguments)  # type: ignore[misc]  # nn.Module has it
+        finally:
+            handle.remove()
+
+    return load
 
 
 def _refuse_scripting(_module: nn.Module) -> nn.Module:
@@ -176,7 +236,7 @@ def _exchange(cls: type, wanted: type) -> type:
     bases = tuple(_exchange(parent, wanted) if base_class(parent) else parent for parent in cls.__bases__)
     namespace = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
     metaclass = type(wanted) if issubclass(type(wanted), type(cls)) else type(cls)
-    return metaclass(cls.__name__, bases, namespace)
+    return _make_class(metaclass, cls.__name__, bases, namespace)
 
 
 # --- copies and pickles -------------------------------------------------------------------------------------------

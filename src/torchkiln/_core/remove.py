@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.atomic import all_or_nothing
+from torchkiln._core.attributes import attributes_kept, parameter_like
 from torchkiln._core.chain import (
     chains_of,
     insert_before,
@@ -19,10 +20,14 @@ from torchkiln._core.chain import (
 )
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.inject import base_class, chain_of, set_names
+from torchkiln._core.optimizers import Optimizers, Replacement, follow, parameters_of
 from torchkiln._core.state import unfollow_forward, value_at_rest
+from torchkiln._core.ties import Place, chain_slots, label, other_holders
+from torchkiln._core.warn import warn
 
 __all__ = [
     "computed_value",
+    "is_finite",
     "leaf_originals",
     "remove_parametrizations",
     "settle",
@@ -32,13 +37,18 @@ __all__ = [
 
 
 def remove_parametrizations(
-    module: nn.Module, tensor_name: str, leave_parametrized: bool = True
+    module: nn.Module, tensor_name: str, leave_parametrized: bool = True, *, optimizer: Optimizers = None
 ) -> nn.Module:
     """Make a parametrized tensor of ``module`` a plain one again.
 
     The tensor returns to its old place among the parameters or buffers, and the module to its own class once nothing
     of it is parametrized. With one original the parameter object stays the same, so an optimizer that has it keeps
-    working; a tensor computed from several originals becomes a new parameter (or buffer, as it was).
+    working; a tensor computed from several originals becomes a new parameter (or buffer, as it was). An optimizer
+    passed as ``optimizer`` gets that in the place of the old ones; one that is not, and goes on holding them, warns at
+    its next step.
+
+    A value that is not finite is left as it is, with a warning; looking for one waits for the device. An original that
+    another module has too keeps its data: this module gets a parameter of its own, with a warning.
 
     The state of a step does not advance: the value is the one that the last read returned.
 
@@ -47,13 +57,16 @@ def remove_parametrizations(
         tensor_name: The parametrized tensor.
         leave_parametrized: True leaves the computed value, in its dtype; False puts the original back, which
             is possible only where there is one.
+        optimizer: The optimizer, or optimizers, that train the tensor. A new parameter takes the place and the state
+            (moments, step count) of the old one with its shape, the last of several. Parameters that ``module`` has no
+            longer leave, also those of a step that another module shares: bake the model of both then.
 
     Returns:
         ``module``.
 
     Raises:
         ParametrizationError: The tensor is not parametrized, or ``leave_parametrized`` is False and the tensor is
-            computed from several originals. ``module`` is unchanged.
+            computed from several originals. ``module`` and the optimizers are unchanged.
 
     Example:
         >>> import torch
@@ -70,8 +83,11 @@ def remove_parametrizations(
         raise ParametrizationError(
             f"Module {describe(module)} does not have a parametrization on {tensor_name}"
         )
-    chain = chains_of(module)[tensor_name]
+    chain, place = chains_of(module)[tensor_name], Place(module, tensor_name)
+    tied: list[Place] = []
     if leave_parametrized:
+        # Before the value, which may be the original itself: a variable that has it looks like another holder.
+        tied = [other for slot in chain_slots(chain) for other in other_holders(slot, place)]
         value = computed_value(chain)
     elif chain.is_tensor:
         value = chain.original
@@ -80,8 +96,39 @@ def remove_parametrizations(
             "Cannot leave unparametrized (`leave_parametrized=False`) a tensor "
             "that is parametrized in terms of a sequence of tensors."
         )
-    settle(module, tensor_name, value)
+    # Before the change: where warnings are errors, nothing has changed then.
+    if tied:
+        warn(
+            f"{label(place, module)} gets a parameter of its own, and is no longer tied to "
+            f"{', '.join(dict.fromkeys(label(other, module) for other in tied))}.\n"
+            "torchkiln.bake(model) on the model that has both keeps them tied."
+        )
+    if leave_parametrized and not is_finite(value):
+        warn(f"{label(place, module)}: not all values are finite; they are left as they are.")
+    _exchange(place, value, keep_object=not tied, optimizer=optimizer)
     return module
+
+
+def _exchange(place: Place, value: Tensor, *, keep_object: bool, optimizer: Optimizers) -> None:
+    """Take the chain out and let the optimizers follow, both or none."""
+    module, name = place
+    chain = chains_of(module)[name]
+    before, extra = parameters_of(chain, name)
+    replacement = Replacement(module, name, label(place, None), before, extra)
+    kept = surviving_original(chain)
+    with all_or_nothing(module, *([] if kept is None else [kept])):
+        settle(module, name, value, keep_object=keep_object or value is kept)
+        plain = module._parameters.get(name)
+        replacement.after = {} if plain is None else {name: plain}
+        follow(optimizer, [replacement], root=module)
+
+
+def is_finite(value: Tensor) -> bool:
+    """Return whether ``value`` has neither NaN nor infinity; True where it has no plain data to look at."""
+    looks = _has_plain_memory(value) and not value.is_meta
+    if not looks or not (value.is_floating_point() or value.is_complex()):
+        return True
+    return bool(torch.isfinite(value).all())
 
 
 def type_before_parametrizations(module: nn.Module) -> type:
@@ -99,15 +146,15 @@ def type_before_parametrizations(module: nn.Module) -> type:
 
 
 def computed_value(chain: nn.Module) -> Tensor:
-    """Return the chain's value with data of its own, laid out as an original of its shape is."""
+    """Return the chain's value with data of its own, laid out as it was computed.
+
+    Another layout would change the last bits of the products that the tensor is used in.
+    """
     with torch.no_grad():
         value = value_at_rest(chain)
     if value is surviving_original(chain):
         return value
     value = value.detach()
-    strides = {original.stride() for original in leaf_originals(chain) if original.shape == value.shape}
-    if strides and value.stride() not in strides:
-        value = value.contiguous()
     return value.clone() if _is_shared(value, chain) else value
 
 
@@ -155,7 +202,7 @@ def settle(module: nn.Module, name: str, value: Tensor, *, keep_object: bool = T
     survivor = surviving_original(chain) if keep_object else None
     if survivor is not None and (survivor.dtype, survivor.device) != (value.dtype, value.device):
         survivor = None
-    with all_or_nothing(module, *([] if survivor is None else [survivor])):
+    with attributes_kept(survivor), all_or_nothing(module, *([] if survivor is None else [survivor])):
         if survivor is None:
             tensor = _new_tensor(value, chain)
         else:
@@ -180,10 +227,12 @@ def _take_over(survivor: Tensor, value: Tensor) -> None:
 
 def _new_tensor(value: Tensor, chain: nn.Module) -> Tensor:
     """Return ``value`` as a parameter where a parameter was parametrized, frozen or not, else as a buffer."""
-    if not any(isinstance(original, nn.Parameter) for original in leaf_originals(chain)):
+    originals = [original for original in leaf_originals(chain) if isinstance(original, nn.Parameter)]
+    if not originals:
         return value.detach()
     trains = any(parameter.requires_grad for parameter in chain.parameters())
-    return nn.Parameter(value.detach(), trains and (value.is_floating_point() or value.is_complex()))
+    trains = trains and (value.is_floating_point() or value.is_complex())
+    return parameter_like(value, originals, requires_grad=trains)
 
 
 def _put_back(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -194,6 +243,9 @@ def _put_back(module: nn.Module, name: str, tensor: Tensor) -> None:
     set_names(module, tuple(chains))
     unfollow_forward(module)
     register_tensor(module, name, tensor, persistent=not chain._non_persistent_buffers_set)
+    flat_names = vars(module).get("_flat_weights_names", ())
+    if name in flat_names:  # a recurrent layer's own list, as its __setattr__ keeps it
+        module._flat_weights[flat_names.index(name)] = tensor  # type: ignore[operator]  # a list
     tensors: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
     order = list(tensors)[:-1]
     insert_before(order, name, getattr(chain, "followers", ()))

@@ -26,7 +26,8 @@ class _Progress(NamedTuple):
     """How far the state has come."""
 
     change: tuple[Any, ...] | None  # the originals that the state was last advanced for; None: to be advanced
-    ahead: State | None  # the state in use, where the buffers do not have it yet
+    state: State  # the state in use, in tensors that nothing writes to
+    ahead: bool  # whether the buffers do not have it yet
     buffers: tuple[tuple[int, int], ...]  # the buffers it belongs to: after a load it is void
 
 
@@ -55,28 +56,30 @@ class AdvancingStep(nn.Module):
         if _is_traced():
             return self._advanced_in_place(x, buffers) if self.training else buffers
         progress = self._valid_progress(buffers)
-        if progress is not None and progress.ahead is not None:
-            state = progress.ahead
-        else:
-            state = tuple(buffer.clone() for buffer in buffers)
-        if not self.training or (progress is not None and change is not None and progress.change == change):
-            return state
+        if progress is None:
+            progress = self._keep(None, tuple(buffer.clone() for buffer in buffers), ahead=False)
+        if not self.training or (change is not None and progress.change == change):
+            return progress.state
         with torch.no_grad():
-            state = self.advance(x.detach(), *state)
+            state = self.advance(x.detach(), *progress.state)
         if change is None:  # not in a chain of ours: as torch, by every call
             self._write(state)
-        elif not (torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active()):
-            self._progress = _Progress(change, state, _marks(buffers))
-        return state
+            return state
+        return self._keep(change, state, ahead=True).state
+
+    def _keep(self, change: tuple[Any, ...] | None, state: State, *, ahead: bool) -> _Progress:
+        progress = _Progress(change, state, ahead, _marks(self._state_buffers()))
+        # Tensors made under these modes must not outlive them.
+        if not (torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active()):
+            self.__dict__["_progress"] = progress
+        return progress
 
     def commit(self, *, advance_next: bool = False) -> None:
         """Let the buffers take over the state in use; ``advance_next`` makes the next read in training advance it."""
         progress = self._valid_progress(self._state_buffers())
-        if progress is not None and progress.ahead is not None:
-            self._write(progress.ahead)
-        if progress is not None:
-            change = None if advance_next else progress.change
-            self._progress = _Progress(change, None, _marks(self._state_buffers()))
+        if progress is not None and (progress.ahead or advance_next):
+            self._write(progress.state)
+            self._keep(None if advance_next else progress.change, progress.state, ahead=False)
 
     def train(self, mode: bool = True) -> AdvancingStep:
         """Set the mode, and let the buffers take over the state in use."""
@@ -86,11 +89,12 @@ class AdvancingStep(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         progress = self._valid_progress(self._state_buffers())
-        if progress is not None and progress.ahead is not None:
-            destination.update(zip((prefix + name for name in self.state_names), progress.ahead, strict=True))
+        if progress is not None and progress.ahead:
+            destination.update(zip((prefix + name for name in self.state_names), progress.state, strict=True))
 
     def _state_buffers(self) -> State:
-        return tuple(buffer for name in self.state_names if (buffer := self._buffers.get(name)) is not None)
+        buffers = self._buffers
+        return tuple([buffers[name] for name in self.state_names if name in buffers])  # type: ignore[misc]  # none is None
 
     def _valid_progress(self, buffers: State) -> _Progress | None:
         progress = self._progress

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from torchkiln._core.errors import NothingToFoldError
+from torchkiln._core.spellings.options import Options
 from torchkiln.checkpoint._atomic import check_target
 from torchkiln.checkpoint._io import Change, CheckpointFile, open_checkpoint, output_container, write_copy
-from torchkiln.checkpoint._options import Options
 from torchkiln.checkpoint._report import FileReport, Folded, Note
 from torchkiln.checkpoint._scan import Found, refuse_blocked, scan
 

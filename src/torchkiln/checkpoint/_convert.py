@@ -11,27 +11,19 @@ from typing import Literal
 from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError, NothingToFoldError
+from torchkiln._core.spellings.options import Options, Patterns
+from torchkiln._core.spellings.spelled import Norm, Style, norm_keys
 from torchkiln.checkpoint._atomic import check_target
 from torchkiln.checkpoint._bake import Progress, bake, container_notes
 from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Label, open_checkpoint, write_copy
-from torchkiln.checkpoint._options import Options, Patterns
 from torchkiln.checkpoint._report import FileReport, Folded, Note
 from torchkiln.checkpoint._scan import Found, Scan, scan
-from torchkiln.checkpoint._spelled import Style
-from torchkiln.checkpoint._split import Norm, split
+from torchkiln.checkpoint._split import split
 
 __all__ = ["convert"]
 
 # The tensors to write for one tensor, and notes on them.
 Made = tuple[tuple[Tensor, ...], tuple[str, ...]]
-
-# What a tensor's keys end in, after "parametrizations.t." in torch's style and after "t_" in the legacy one.
-_ENDINGS: dict[tuple[Style, Norm], tuple[str, ...]] = {
-    ("torch", "weight_norm"): ("original0", "original1"),
-    ("torch", "spectral_norm"): ("original", "0._u", "0._v"),
-    ("legacy", "weight_norm"): ("g", "v"),
-    ("legacy", "spectral_norm"): ("orig", "u", "v"),
-}
 
 
 def convert(
@@ -162,12 +154,6 @@ class _Rows:
         return dict(zip(job.written, tensors, strict=True))
 
 
-def _keys(name: str, style: Style, norm: Norm) -> tuple[str, ...]:
-    prefix, dot, tensor = name.rpartition(".")
-    start = f"{prefix}{dot}parametrizations.{tensor}." if style == "torch" else f"{name}_"
-    return tuple(start + ending for ending in _ENDINGS[style, norm])
-
-
 # Renaming -------------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +167,11 @@ def _norm_of(found: Found) -> Norm | None:
 def _renamings(scanned: Scan, to: Style) -> Iterator[_Job]:
     for found in scanned.found:
         norm = _norm_of(found)
-        if norm is None or found.item.style == to or len(found.item.inputs) != len(_ENDINGS[to, norm]):
+        if (
+            norm is None
+            or found.item.style == to
+            or len(found.item.inputs) != len(norm_keys(found.item.name, to, norm))
+        ):
             continue
         (label,) = found.labels
         yield _Job(
@@ -190,7 +180,7 @@ def _renamings(scanned: Scan, to: Style) -> Iterator[_Job]:
             spelling=found.item.spelling,
             entry=found.item.entry,
             keys=found.keys,
-            written=_keys(found.item.name, to, norm),
+            written=norm_keys(found.item.name, to, norm),
             make=_reading(found),
             memory=found.evaluate.identity(found.item),
             before=found.labels,
@@ -253,7 +243,7 @@ def _splitting(
         spelling="plain",
         entry=entry,
         keys=(key,),
-        written=_keys(key, to, norm),
+        written=norm_keys(key, to, norm),
         memory=(file.identity(group, key), norm, dim),
         make=lambda: split(file.read(group, key), dim, norm=norm, name=group.full_name(key)),
         before=(),

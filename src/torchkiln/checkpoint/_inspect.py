@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from torchkiln._core.errors import CheckpointError
+from torchkiln._core.spellings.options import Options
 from torchkiln.checkpoint._io import open_checkpoint
-from torchkiln.checkpoint._options import Options
 from torchkiln.checkpoint._report import Inspection, Note, Parametrized
 from torchkiln.checkpoint._scan import Found, scan
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError
+from torchkiln._core.spellings.entries import Entry, Group, Label
 from torchkiln.checkpoint._atomic import replacing
 
 __all__ = [
@@ -35,43 +36,6 @@ __all__ = [
 ]
 
 _TORCH_SUFFIXES = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a file says about a tensor without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """One mapping from names to tensors: a state dict, wherever in the file it lies. Equal only to itself.
-
-    Attributes:
-        path: The names of the mappings around it.
-        entries: Its tensors by key, in file order.
-        modules: Paths of the modules it was saved from, those without tensors too; empty where it does not say.
-    """
-
-    path: tuple[str, ...]
-    entries: Mapping[str, Entry]
-    modules: frozenset[str] = frozenset()
-
-    def full_name(self, key: str) -> str:
-        """The key with the names of the mappings around it, joined by dots."""
-        return ".".join((*self.path, key))
-
-
-@dataclass(frozen=True)
-class Label:
-    """How one tensor of a module is spelled, for the version records that torch keeps beside a state dict."""
-
-    prefix: str
-    tensor: str
-    style: str
-    norm: str
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError
-from torchkiln.checkpoint._evaluate import Evaluator
+from torchkiln._core.spellings.evaluate import Evaluator
+from torchkiln._core.spellings.options import Options
+from torchkiln._core.spellings.recognise import Recognised, recognise
+from torchkiln._core.spellings.spelled import Spelled
 from torchkiln.checkpoint._io import CheckpointFile, Group, Label
-from torchkiln.checkpoint._options import Options
-from torchkiln.checkpoint._recognise import Recognised, recognise
 from torchkiln.checkpoint._report import Note
-from torchkiln.checkpoint._spelled import Spelled
 
 __all__ = ["Found", "Scan", "refuse_blocked", "scan"]
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError
-from torchkiln.checkpoint import _fold
+from torchkiln._core.spellings import fold
+from torchkiln._core.spellings.spelled import Norm
 from torchkiln.checkpoint._bake import as_stored
 
-__all__ = ["Norm", "split"]
-
-Norm = Literal["spectral_norm", "weight_norm"]
+__all__ = ["split"]
 
 
 @torch.no_grad()
@@ -34,7 +31,7 @@ def split(
     Raises:
         CheckpointError: The tensor has values that are not finite, or is all zero and has no spectral norm.
     """
-    W = stored.detach().to(_fold.compute_dtype(stored.dtype))
+    W = stored.detach().to(fold.compute_dtype(stored.dtype))
     if not bool(torch.isfinite(W).all()):
         raise CheckpointError(f"{name}: has values that are not finite, and so no {norm}.")
     if norm == "weight_norm":
@@ -44,8 +41,8 @@ def split(
 
 
 def _gain(stored: Tensor, W: Tensor, dim: int | None) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    g, v = (part.to(stored.dtype) for part in _fold.split_gain(W, dim))
-    back = _fold.weight_norm(g.to(W.dtype), v.to(W.dtype), dim).to(stored.dtype)
+    g, v = (part.to(stored.dtype) for part in fold.split_gain(W, dim))
+    back = fold.weight_norm(g.to(W.dtype), v.to(W.dtype), dim).to(stored.dtype)
     change = float((back.double() - stored.detach().double()).abs().max())
     notes = (f"rounding to {stored.dtype} moves values by up to {change:.3g}",) if change else ()
     return tuple(as_stored(part, [stored]) for part in (g, v)), notes
@@ -54,7 +51,7 @@ def _gain(stored: Tensor, W: Tensor, dim: int | None) -> tuple[tuple[Tensor, ...
 def _singular(
     stored: Tensor, W: Tensor, dim: int, *, name: str
 ) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    u, v, sigma = _fold.singular_pair(W, dim)
+    u, v, sigma = fold.singular_pair(W, dim)
     if not sigma > 0:
         raise CheckpointError(f"{name}: is all zero, and so has no spectral norm.")
     notes = (f"reads as the stored value divided by {sigma:.6g}, its largest singular value",)

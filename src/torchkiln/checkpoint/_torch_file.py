@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError
+from torchkiln._core.spellings.versions import relabel
 from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, replaced
-from torchkiln.checkpoint._versions import relabel
 
 __all__ = ["open_torch"]
 
@@ -119,7 +119,8 @@ def _rewrite(mapping: Store, changes: Sequence[Change]) -> None:
     mapping.update(items)
     records = getattr(mapping, "_metadata", None)
     if isinstance(records, MutableMapping):
-        relabel(records, changes)
+        for change in changes:
+            relabel(records, before=change.before, after=change.after)
 
 
 class _Walk:

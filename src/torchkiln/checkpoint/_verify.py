@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError, NothingToFoldError
-from torchkiln.checkpoint import _fold
+from torchkiln._core.spellings import fold
+from torchkiln._core.spellings.options import Options
 from torchkiln.checkpoint._bake import Progress
 from torchkiln.checkpoint._io import CheckpointFile, Entry, Group, open_checkpoint
-from torchkiln.checkpoint._options import Options
 from torchkiln.checkpoint._report import Checked, Note, Verification
 from torchkiln.checkpoint._scan import Found, Scan, refuse_blocked, scan
 
@@ -122,7 +122,7 @@ def _tolerance(dtype: torch.dtype, *, folded: bool) -> float:
     """The largest relative error that rounding explains."""
     if not folded or not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
-    computed = _fold.compute_dtype(dtype)
+    computed = fold.compute_dtype(dtype)
     stored = torch.finfo(dtype).eps if computed != dtype else 0.0
     return stored + _ROUNDINGS * torch.finfo(computed).eps
 

@@ -7,11 +7,12 @@ float32 or wider, with autocast off, and round once at the end.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "as_matrix",
@@ -40,7 +41,7 @@ def widen(X: Tensor) -> Tensor:
 def full_precision(X: Tensor) -> AbstractContextManager[object]:
     """Return a context in which autocast does not narrow the operations on ``X``."""
     kind = X.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 
@@ -78,49 +79,38 @@ def weight_normalize(V: Tensor, g: Tensor, dim: int) -> Tensor:
     """
     if not _has_kernel(V, dim):
         return V * (g / norm_except(V, dim))
-    if torch.is_grad_enabled() and (V.requires_grad or g.requires_grad):
-        W: Tensor = _WeightNormalize.apply(V.contiguous(), g.contiguous(), dim)  # type: ignore[no-untyped-call]  # torch's
-        return W
-    return torch._weight_norm(V, g, dim)
+    W = torch._weight_norm(V, g, dim)
+    if W.grad_fn is not None:
+        W.grad_fn.register_hook(partial(_second_derivative, V, g, dim))
+    return W
 
 
 def _has_kernel(V: Tensor, dim: int) -> bool:
     """Say whether torch's fused kernel serves; compilers and transforms want the formula in plain operations."""
-    transformed = (
+    plain = type(V) in (torch.nn.Parameter, Tensor) and (V.is_cpu or V.is_cuda) and dim in (0, V.ndim - 1)
+    return plain and not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
-    plain = type(V) in (Tensor, torch.nn.Parameter) and V.device.type in ("cpu", "cuda")
-    return plain and not transformed and dim in (0, V.ndim - 1)
 
 
-class _WeightNormalize(torch.autograd.Function):
-    """torch's kernel for the value and the first derivative; the formula where that is itself differentiated.
+def _second_derivative(
+    V: Tensor, g: Tensor, dim: int, grads: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """Give the gradients of the kernel by the formula where they are to be differentiated again.
 
     The kernel's own second derivative is wrong: it takes the norm for a constant (seen on torch 2.13).
     """
-
-    @staticmethod
-    def forward(ctx: Any, V: Tensor, g: Tensor, dim: int) -> Tensor:
-        W, norm = torch._weight_norm_interface(V, g, dim)
-        ctx.save_for_backward(V, g, norm)
-        ctx.dim = dim
-        return W
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (G,) = grads
-        V, g, norm = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            norm = norm_except(V, ctx.dim)
-            others = _others(V, ctx.dim)
-            along = (G * V).sum(others, keepdim=True) / norm if others else G * V / norm
-            return g / norm * (G - V * (along / norm)), along, None
-        kernel = torch.ops.aten._weight_norm_interface_backward
-        dV, dg = kernel(G.contiguous(), V, g, norm, ctx.dim)
-        return dV, dg, None
+    G = outputs[0]
+    if G is None or not torch.is_grad_enabled():
+        return None
+    norm = norm_except(V, dim)
+    others = _others(V, dim)
+    along = (G * V).sum(others, keepdim=True) / norm if others else G * V / norm
+    exact = (g / norm * (G - V * (along / norm)), along)
+    return tuple(None if kernel is None else formula for kernel, formula in zip(grads, exact, strict=True))
 
 
 def as_matrix(W: Tensor, dim: int) -> Tensor:
@@ -130,7 +120,9 @@ def as_matrix(W: Tensor, dim: int) -> Tensor:
         >>> as_matrix(torch.zeros(2, 3, 5), 1).shape
         torch.Size([3, 10])
     """
-    return W.movedim(dim, 0).flatten(1)
+    if dim != 0:
+        W = W.movedim(dim, 0)
+    return W if W.ndim == 2 else W.flatten(1)
 
 
 def power_iteration(M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -161,13 +153,13 @@ def spectral_normalize(W: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
     :math:`\sigma` is the spectral norm where ``u`` and ``v`` are the leading singular vectors; they are constants of
     the derivative (Miyato et al., arXiv:1802.05957).
     """
-    with full_precision(W):
-        wide = widen(W)
-        u, v = u.to(wide.dtype), v.to(wide.dtype)
-        # The ONNX exporter by TorchScript knows dot, but not vdot.
-        dot = torch.vdot if wide.is_complex() else torch.dot
-        sigma = dot(u, torch.mv(as_matrix(wide, dim), v))
-        return (wide / sigma).to(W.dtype)
+    if W.dtype in (torch.float16, torch.bfloat16) or torch._C._is_any_autocast_enabled():
+        with full_precision(W):
+            wide = widen(W)
+            return spectral_normalize(wide, u.to(wide.dtype), v.to(wide.dtype), dim).to(W.dtype)
+    # The ONNX exporter by TorchScript knows dot, but not vdot.
+    dot = torch.vdot if W.is_complex() else torch.dot
+    return W / dot(u, torch.mv(as_matrix(W, dim), v))
 
 
 # --- orthogonal maps: X is tall (n x k, n >= k) -------------------------------------------------------------------

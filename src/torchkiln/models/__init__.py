@@ -8,15 +8,27 @@ import torch
 from torch import nn
 
 from torchkiln._core.errors import NothingToFoldError, ParametrizationError
+from torchkiln._core.optimizers import Optimizers
+from torchkiln._core.warn import warn
+from torchkiln.models._baked import baked
+from torchkiln.models._check import does_nothing, round_to
 from torchkiln.models._find import Found, Patterns, computed_tensors, select
 from torchkiln.models._report import Report, Row
 from torchkiln.models._settle import Outcome, at_rest, checked_values, commit, outcomes
+from torchkiln.models._state_dict import load_state_dict, state_dict
+from torchkiln.models._ties import replacements, tied_paths
 
-__all__ = ["Report", "Row", "bake", "restore", "summary"]
+__all__ = ["Report", "Row", "bake", "baked", "load_state_dict", "restore", "state_dict", "summary"]
 
 
 def bake(
-    model: nn.Module, include: Patterns = None, *, exclude: Patterns = None, strict: bool = False
+    model: nn.Module,
+    include: Patterns = None,
+    *,
+    exclude: Patterns = None,
+    strict: bool = False,
+    dtype: torch.dtype | None = None,
+    optimizer: Optimizers = None,
 ) -> Report:
     """Replace every computed tensor of ``model`` by a plain one with its value, whatever computed it.
 
@@ -25,24 +37,32 @@ def bake(
     that outputs in eval stay bit for bit what they were; no power iteration runs and no random number is drawn. The
     tensors have the names, order and kinds of the module that never had a norm, as far as torch leaves a trace of it.
 
-    All or nothing: every value is computed and checked before anything changes, and an error half way puts all back.
+    All or nothing: every value is computed and found finite before anything changes; each tensor is read back and
+    compared with it, bit for bit, afterwards; an error half way puts all back. A bake that does nothing warns: there
+    was nothing to bake, or every value is that of its original, as with an adapter that was never loaded.
 
     One original that becomes the tensor stays the same ``Parameter``, so an optimizer keeps it; several (weight norm)
-    become a new one. Tied originals stay tied where the values are equal; where they are not, or the original is a
-    plain parameter elsewhere too, the baked tensor gets a parameter of its own.
+    become a new one, which an optimizer passed as ``optimizer`` gets in their place. Tied originals stay tied where the
+    values are equal; where they are not, or the original is a plain parameter elsewhere too, the baked tensor gets a
+    parameter of its own. Rows name what is tied.
 
     Args:
         model: The model to change, in place.
         include: Pattern or patterns (``fnmatch``) on the path of the tensor, such as ``"encoder.*.weight"``; all
             computed tensors where it is None.
         exclude: Patterns of tensors to leave as they are.
-        strict: Raise where there is nothing to bake.
+        strict: Raise where there is nothing to bake, instead of a warning.
+        dtype: Store the baked floating-point tensors in this dtype; the rows say what the rounding costs. By default
+            each has the dtype it was computed in, and is not rounded.
+        optimizer: The optimizer, or optimizers, that train the model. A new parameter takes the place and the state
+            (moments, step count) of the old one with its shape, the last of several; what has no use any more
+            leaves. The groups stay the same objects. One that is not passed warns at its next step.
 
     Returns:
         A report with a row for each tensor; false where there was nothing to bake.
 
     Raises:
-        ParametrizationError: A value is not finite.
+        ParametrizationError: A value is not finite or does not fit ``dtype``, or the model does not keep it.
         NothingToFoldError: Nothing was to be baked and ``strict`` is set.
 
     Example:
@@ -63,16 +83,25 @@ def bake(
     """
     found = computed_tensors(model)
     chosen = select(found, include, exclude)
-    values = checked_values(chosen)
-    return _finish(
-        _report("bake", found, chosen, [value.shape for value in values]),
-        outcomes(model, chosen, values),
-        strict=strict,
-    )
+    computed = checked_values(chosen)
+    values, rounding = round_to(chosen, computed, dtype)
+    report = _report("bake", model, found, chosen, [value.shape for value in values], rounding)
+    results = outcomes(model, chosen, values)
+    if chosen and does_nothing(chosen, values):
+        warn(
+            f"bake: every baked value is that of its original, bit for bit ({_listed([one.path for one in chosen])}).\n"
+            "Was the model trained, or its adapter or checkpoint loaded?"
+        )
+    return _finish(model, report, chosen, results, strict=strict, optimizer=optimizer)
 
 
 def restore(
-    model: nn.Module, include: Patterns = None, *, exclude: Patterns = None, strict: bool = False
+    model: nn.Module,
+    include: Patterns = None,
+    *,
+    exclude: Patterns = None,
+    strict: bool = False,
+    optimizer: Optimizers = None,
 ) -> Report:
     """Replace every computed tensor of ``model`` by the original it is computed from.
 
@@ -84,7 +113,8 @@ def restore(
         model: The model to change, in place.
         include: As for :func:`bake`.
         exclude: As for :func:`bake`.
-        strict: Raise where there is nothing to restore.
+        strict: Raise where there is nothing to restore, instead of a warning.
+        optimizer: The optimizer, or optimizers, that train the model; the parameters of the steps leave them.
 
     Returns:
         A report with a row for each tensor.
@@ -114,9 +144,8 @@ def restore(
             "nothing was changed.\nUse bake for them, and exclude them here."
         )
     results = [Outcome(one.fold, one.fold.leaves()[0], None) for one in chosen]
-    return _finish(
-        _report("restore", found, chosen, [result.tensor.shape for result in results]), results, strict=strict
-    )
+    report = _report("restore", model, found, chosen, [result.tensor.shape for result in results])
+    return _finish(model, report, chosen, results, strict=strict, optimizer=optimizer)
 
 
 def summary(model: nn.Module, include: Patterns = None, *, exclude: Patterns = None) -> Report:
@@ -142,22 +171,40 @@ def summary(model: nn.Module, include: Patterns = None, *, exclude: Patterns = N
     """
     found = computed_tensors(model)
     chosen = select(found, include, exclude)
-    return _report("summary", found, chosen, map(_shape, chosen))
+    return _report("summary", model, found, chosen, map(_shape, chosen))
 
 
-def _finish(report: Report, results: list[Outcome], *, strict: bool) -> Report:
-    if strict and not report:
-        raise NothingToFoldError(str(report))
-    commit(results)
+def _finish(
+    model: nn.Module,
+    report: Report,
+    chosen: list[Found],
+    results: list[Outcome],
+    *,
+    strict: bool,
+    optimizer: Optimizers,
+) -> Report:
+    if not report:
+        if strict:
+            raise NothingToFoldError(str(report))
+        warn(str(report))
+    commit(results, model=model, replaced=replacements(model, chosen), optimizer=optimizer)
     return report
 
 
-def _report(verb: str, found: list[Found], chosen: list[Found], shapes: Iterable[torch.Size]) -> Report:
-    rows = tuple(_row(one, shape) for one, shape in zip(chosen, shapes, strict=True))
+def _report(
+    verb: str,
+    model: nn.Module,
+    found: list[Found],
+    chosen: list[Found],
+    shapes: Iterable[torch.Size],
+    rounding: Iterable[float] = (),
+) -> Report:
+    tied = tied_paths(model, found, chosen)
+    rows = tuple(map(_row, chosen, shapes, tied, [*rounding] or [0.0] * len(chosen)))
     return Report(verb, rows, len(found) - len(chosen))
 
 
-def _row(one: Found, shape: torch.Size) -> Row:
+def _row(one: Found, shape: torch.Size, tied: tuple[str, ...], rounding: float) -> Row:
     parameters = {id(parameter): parameter.numel() for parameter in one.fold.parameters()}
     return Row(
         path=one.path,
@@ -166,6 +213,8 @@ def _row(one: Found, shape: torch.Size) -> Row:
         shape=tuple(shape),
         keys=tuple(one.prefix + key for key in one.fold.stored_keys()),
         parameters=sum(parameters.values()),
+        tied=tied,
+        rounding=rounding,
     )
 
 

@@ -15,7 +15,7 @@ from torchkiln._core.errors import TorchkilnWarning
 from torchkiln.models._fold import ChainFold, Fold
 from torchkiln.models._hooks import HookFold, hook_folds
 
-__all__ = ["Found", "Patterns", "computed_tensors", "select"]
+__all__ = ["Found", "Patterns", "computed_tensors", "folds_of", "select", "walk"]
 
 Patterns = str | Iterable[str] | None
 
@@ -46,23 +46,23 @@ def computed_tensors(model: nn.Module) -> list[Found]:
     parametrized original.
     """
     paths: dict[int, tuple[nn.Module, list[str]]] = {}
-    for prefix, module in _walk(model, "", frozenset()):
+    for prefix, module in walk(model, "", frozenset()):
         paths.setdefault(id(module), (module, []))[1].append(prefix)
     return [
         Found(fold, tuple(f"{prefix}{name}" for prefix in prefixes))
         for module, prefixes in paths.values()
-        for name, fold in _folds_of(module).items()
+        for name, fold in folds_of(module).items()
     ]
 
 
-def _walk(module: nn.Module, prefix: str, above: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
+def walk(module: nn.Module, prefix: str, above: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
     """Yield each path and its module; a shared module comes several times, the inside of a chain never."""
     yield prefix, module
     above |= {id(module)}
     chains = module._modules.get("parametrizations") if _chains(module) else None
     for name, child in module._modules.items():
         if child is not None and child is not chains and id(child) not in above:
-            yield from _walk(child, f"{prefix}{name}.", above)
+            yield from walk(child, f"{prefix}{name}.", above)
 
 
 def _chains(module: nn.Module) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def _chains(module: nn.Module) -> dict[str, Any]:
     return {name: chain for name, chain in chains_of(module).items() if hasattr(chain, "is_tensor")}
 
 
-def _folds_of(module: nn.Module) -> dict[str, Fold]:
+def folds_of(module: nn.Module) -> dict[str, Fold]:
     """Return the computed tensors of ``module`` itself, those that only others are computed from put inside them."""
     found: dict[str, Fold] = {
-        name: ChainFold(module, name, inner=_folds_of(chain)) for name, chain in _chains(module).items()
+        name: ChainFold(module, name, inner=folds_of(chain)) for name, chain in _chains(module).items()
     }
     hooked = list(hook_folds(module))
     found |= {fold.name: fold for fold in hooked}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchkiln._core.chain import ParametrizationList, chains_of, original_names, steps_of
-from torchkiln._core.remove import settle, type_before_parametrizations
-from torchkiln.families._legacy_keys import forget_weight_norm_keys
+from torchkiln._core.chain import ParametrizationList, chains_of, enabled_steps, original_names, steps_of
+from torchkiln._core.remove import settle
+from torchkiln._core.restack import is_in
+from torchkiln._core.stack import word_for
 
 __all__ = ["ChainFold", "Fold", "slots_of"]
 
@@ -102,8 +104,8 @@ def slots_of(module: nn.Module, name: str) -> dict[str, Any]:
     return module._parameters if name in module._parameters else module._buffers
 
 
-# The steps that keep the tensor's shape whatever their chain is allowed to do, and our words for them.
-_KNOWN_STEPS = {"_Orthogonal": "orthogonal", "_SpectralNorm": "spectral_norm", "_WeightNorm": "weight_norm"}
+# The steps that keep the tensor's shape whatever their chain is allowed to do.
+_KEEP_SHAPE = {"orthogonal", "spectral_norm", "weight_norm"}
 
 
 class ChainFold(Fold):
@@ -118,8 +120,11 @@ class ChainFold(Fold):
         self.inner = {original: fold for original, fold in inner.items() if original in self.originals}
 
     def words(self) -> list[str]:
-        names = [type_before_parametrizations(step).__name__ for step in steps_of(self.chain)]
-        return [_KNOWN_STEPS.get(name, name) for name in names]
+        enabled = enabled_steps(self.chain)
+        return [
+            word_for(step) if is_in(enabled, step) else f"{word_for(step)} (disabled)"
+            for step in steps_of(self.chain)
+        ]
 
     def stored_keys(self) -> list[str]:
         return [f"parametrizations.{self.name}.{key}" for key in self.chain.state_dict(keep_vars=True)]
@@ -129,7 +134,7 @@ class ChainFold(Fold):
 
     def known_shape(self) -> torch.Size | None:
         words = self.words()
-        if self.chain.unsafe and not set(words) <= set(_KNOWN_STEPS.values()):
+        if self.chain.unsafe and not set(words) <= _KEEP_SHAPE:
             return None
         if words[0] == "weight_norm":
             return self.shape_of("original1")
@@ -143,4 +148,13 @@ class ChainFold(Fold):
     def _take_out(self, tensor: Tensor) -> None:
         settle(self.module, self.name, tensor.detach(), keep_object=False)
         slots_of(self.module, self.name)[self.name] = tensor
-        forget_weight_norm_keys(self.module, self.name)
+        _drop_legacy_hook(self.module, self.name)
+
+
+def _drop_legacy_hook(module: nn.Module, name: str) -> None:
+    """Remove the hook by which torch's weight norm reads the older keys: a closure, which no pickle can hold."""
+    for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
+        hook = getattr(wrapped, "hook", wrapped)
+        from_torch = getattr(hook, "__qualname__", "") == "weight_norm.<locals>._weight_norm_compat_hook"
+        if from_torch and inspect.getclosurevars(hook).nonlocals.get("name") == name:
+            del module._load_state_dict_pre_hooks[key]

@@ -13,7 +13,7 @@ _DONE = {
     "restore": ("restored", "nothing to restore"),
     "summary": ("computed", "nothing is computed"),
 }
-_HEADINGS = ("tensor", "computed by", "api", "shape", "parameters")
+_HEADINGS = ("tensor", "computed by", "api", "shape", "parameters", "rounding", "tied to")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Row:
         shape: Shape of the tensor, the computed one; after restore, of the original.
         keys: The state-dict keys that store it.
         parameters: Number of scalars in the parameters that store it, those of the steps included.
+        tied: The paths of other tensors, plain or computed, that are stored in one of these parameters too.
+        rounding: How far the baked tensor is from the computed one, relative to the largest entry; 0 for the same bits.
     """
 
     path: str
@@ -36,6 +38,8 @@ class Row:
     shape: tuple[int, ...]
     keys: tuple[str, ...]
     parameters: int
+    tied: tuple[str, ...] = ()
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as dicts, lists, strings and numbers."""
-        rows = [asdict(row) | {"shape": list(row.shape), "keys": list(row.keys)} for row in self.rows]
+        lists = ("shape", "keys", "tied")
+        rows = [asdict(row) | {name: list(getattr(row, name)) for name in lists} for row in self.rows]
         return {"verb": self.verb, "rows": rows, "left": self.left}
 
     def __str__(self) -> str:
@@ -76,7 +81,7 @@ class Report:
             return f"{self.verb}: {nothing}; {reason}"
         left = f", {self.left} left out by the patterns" if self.left else ""
         count = "1 tensor" if len(self.rows) == 1 else f"{len(self.rows)} tensors"
-        return f"{self.verb}: {count} {done}{left}\n" + _table([_cells(row) for row in self.rows])
+        return f"{self.verb}: {count} {done}{left}\n" + _table(self.rows)
 
 
 _NONE_FOUND = "no tensor of the model is parametrized, normed by a hook or pruned"
@@ -84,11 +89,15 @@ _NONE_FOUND = "no tensor of the model is parametrized, normed by a hook or prune
 
 def _cells(row: Row) -> tuple[str, ...]:
     shape = " x ".join(map(str, row.shape)) or "scalar"
-    return (row.path, row.what, row.api, shape, f"{row.parameters:,}")
+    cells = (row.path, row.what, row.api, shape, f"{row.parameters:,}")
+    return (*cells, f"{row.rounding:.1e}" if row.rounding else "", ", ".join(row.tied))
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    lines = [_HEADINGS, *rows]
+def _table(rows: tuple[Row, ...]) -> str:
+    lines = [_HEADINGS, *map(_cells, rows)]
+    # The last two say something only where a tensor was rounded or is tied.
+    shown = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    lines = list(zip(*shown, strict=True))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, tuple("-" * width for width in widths))
     return "\n".join(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.atomic import all_or_nothing
+from torchkiln._core.attributes import attributes_kept, parameter_like
 from torchkiln._core.chain import set_data
-from torchkiln._core.errors import ParametrizationError
+from torchkiln._core.optimizers import Optimizers, Replacement, follow
+from torchkiln.models._check import check_finite, check_stored, same
 from torchkiln.models._find import Found
 from torchkiln.models._fold import ChainFold, Fold, slots_of
+from torchkiln.models._ties import held_outside
 
-__all__ = ["Outcome", "at_rest", "checked_values", "commit", "outcomes"]
+__all__ = ["Outcome", "at_rest", "checked_values", "commit", "followers", "new_tensor", "outcomes", "same"]
 
 
 # --- values -------------------------------------------------------------------------------------------------------
@@ -64,21 +67,8 @@ def checked_values(found: list[Found]) -> list[Tensor]:
     with at_rest(found):
         values = [one.fold.value() for one in found]
     for one, value in zip(found, values, strict=True):
-        _check_finite(one, value)
+        check_finite(one, value)
     return values
-
-
-def _check_finite(one: Found, value: Tensor) -> None:
-    if value.is_meta or not (value.is_floating_point() or value.is_complex()):
-        return
-    bad = value.numel() - int(torch.isfinite(value).sum())
-    if bad:
-        raise ParametrizationError(
-            f"{one.path}: {bad} of {value.numel()} values computed by {one.fold.what()} are not finite; "
-            "nothing was changed.\n"
-            "A slice of zeros under weight norm, or a zero weight under spectral norm, is 0 / 0.\n"
-            f"Repair the stored tensors, or leave the tensor out: exclude={one.path!r}."
-        )
 
 
 # --- which tensor holds which value -------------------------------------------------------------------------------
@@ -106,12 +96,14 @@ def outcomes(model: nn.Module, found: list[Found], values: list[Tensor]) -> list
     a plain parameter or as the original of a tensor with another value, a new parameter is made. Tensors with the same
     originals and the same value share one parameter, as they did before.
     """
-    held = {id(tensor) for tensor in _remaining_tensors(model, [one.fold for one in found])}
+    # First of all: a parameter that a variable here has looks as if somebody else held it.
+    held = held_outside(model, found)
+    held |= {id(tensor) for tensor in _remaining_tensors(model, [one.fold for one in found])}
     made: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
     results = []
     for one, value in zip(found, values, strict=True):
         group = made.setdefault(tuple(map(id, one.fold.leaves())), [])
-        shared = next((tensor for tensor, known in group if _same(known, value)), None)
+        shared = next((tensor for tensor, known in group if same(known, value)), None)
         outcome = (
             Outcome(one.fold, shared, None)
             if shared is not None
@@ -124,26 +116,23 @@ def outcomes(model: nn.Module, found: list[Found], values: list[Tensor]) -> list
 
 def _outcome(fold: Fold, value: Tensor, *, taken: list[Tensor], held: set[int]) -> Outcome:
     survivor = fold.survivor()
-    if survivor is not None and id(survivor) in held and not _same(survivor, value):
+    if survivor is not None and id(survivor) in held and not same(survivor, value):
         survivor = None
     if survivor is not None and any(survivor is tensor for tensor in taken):
         survivor = None
     if survivor is None or (survivor.dtype, survivor.device) != (value.dtype, value.device):
-        return Outcome(fold, _new_tensor(fold, value), None)
+        return Outcome(fold, new_tensor(fold, value), None)
     return Outcome(fold, survivor, None if id(survivor) in held else value)
 
 
-def _new_tensor(fold: Fold, value: Tensor) -> Tensor:
+def new_tensor(fold: Fold, value: Tensor) -> Tensor:
+    """Return ``value`` as a parameter where ``fold`` starts from one, which trains if anything there does."""
     parameters = [tensor for tensor in fold.leaves() if isinstance(tensor, nn.Parameter)]
     if not parameters:
         return value
     trains = any(parameter.requires_grad for parameter in fold.parameters())
-    return nn.Parameter(value, trains and (value.is_floating_point() or value.is_complex()))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    alike = (a.shape, a.dtype, a.device, a.is_meta) == (b.shape, b.dtype, b.device, False)
-    return alike and torch.equal(a, b)
+    trains = trains and (value.is_floating_point() or value.is_complex())
+    return parameter_like(value, parameters, requires_grad=trains)
 
 
 def _remaining_tensors(model: nn.Module, folds: list[Fold]) -> Iterator[Tensor]:
@@ -167,14 +156,28 @@ def _remaining_tensors(model: nn.Module, folds: list[Fold]) -> Iterator[Tensor]:
 # --- the change ---------------------------------------------------------------------------------------------------
 
 
-def commit(results: list[Outcome]) -> None:
-    """Give every computed tensor's place to its plain tensor; after an error the model is as it was."""
+def commit(
+    results: list[Outcome],
+    *,
+    model: nn.Module | None = None,
+    replaced: Sequence[Replacement] = (),
+    optimizer: Optimizers = None,
+) -> None:
+    """Give every computed tensor's place to its plain tensor; after an error all is as it was.
+
+    Args:
+        results: The tensors.
+        model: The model that they are in, where the change is for good.
+        replaced: For each of them what optimizers may hold; none where it is no change for good.
+        optimizer: The optimizers that follow.
+    """
     owners = {id(fold.module): fold.module for result in results for fold in result.fold.nested()}
     with ExitStack() as stack:
         for module in owners.values():
             stack.enter_context(_unchanged_on_error(module))
         for result in results:
             if result.value is not None:
+                stack.enter_context(attributes_kept(result.tensor))
                 stack.enter_context(all_or_nothing(result.fold.module, result.tensor))
                 set_data(result.tensor, result.value)
             result.fold.take_out(result.tensor)
@@ -183,6 +186,13 @@ def commit(results: list[Outcome]) -> None:
         for module in owners.values():
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()
+        for result in results:
+            stored = getattr(result.fold.module, result.fold.name)
+            check_stored(result.fold.name, stored, result.tensor if result.value is None else result.value)
+        if model is not None:
+            for result, one in zip(results, replaced, strict=True):
+                one.after = {one.path: result.tensor} if isinstance(result.tensor, nn.Parameter) else {}
+            follow(optimizer, list(replaced), root=model)
 
 
 @contextmanager
@@ -203,25 +213,27 @@ def _unchanged_on_error(module: nn.Module) -> Iterator[None]:
 
 
 def _settle_order(fold: Fold) -> None:
-    """Move a tensor to where the module without norms has it; torchkiln's own chains have done so.
+    """Move a tensor to where the module without norms has it; torchkiln's own chains have done so."""
+    if fold.api != "torchkiln":
+        slots = slots_of(fold.module, fold.name)
+        _move_before(slots, fold.name, [name for name in followers(fold) if name in slots])
 
-    torch's functions do not record the place. Its recurrent modules list their tensors; its other modules make a
+
+def followers(fold: Fold) -> tuple[str, ...]:
+    """Return the names that come after a tensor in the module without norms, as far as there is a trace of it.
+
+    Torch's functions do not record the place. Its recurrent modules list their tensors; its other modules make a
     weight before the bias of the same name.
     """
-    of_torch = any(
-        cls.__module__.startswith("torch.nn.modules.")
-        for cls in type(fold.module).__mro__
-        if cls is not nn.Module
-    )
-    if fold.api == "torchkiln" or not of_torch:
-        return
-    order = getattr(fold.module, "_flat_weights_names", ())
+    if isinstance(fold, ChainFold) and fold.api == "torchkiln":
+        return tuple(fold.chain.followers)
+    classes = [cls for cls in type(fold.module).__mro__ if cls is not nn.Module]
+    if not any(cls.__module__.startswith("torch.nn.modules.") for cls in classes):
+        return ()
+    order = tuple(getattr(fold.module, "_flat_weights_names", ()))
     if fold.name in order:
-        followers = order[order.index(fold.name) + 1 :]
-    else:
-        followers = [fold.name.replace("weight", "bias")] if "weight" in fold.name else []
-    slots = slots_of(fold.module, fold.name)
-    _move_before(slots, fold.name, [name for name in followers if name in slots])
+        return order[order.index(fold.name) + 1 :]
+    return (fold.name.replace("weight", "bias"),) if "weight" in fold.name else ()
 
 
 def _move_before(slots: dict[str, Any], name: str, followers: list[str]) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError
-from torchkiln.checkpoint import _fold
-from torchkiln.checkpoint._io import CheckpointFile, Group
-from torchkiln.checkpoint._options import Options
-from torchkiln.checkpoint._recognise import Recognised
-from torchkiln.checkpoint._spelled import Spelled, Step
-from torchkiln.checkpoint._torch_style import no_state
+from torchkiln._core.spellings import fold
+from torchkiln._core.spellings.entries import Group
+from torchkiln._core.spellings.options import Options
+from torchkiln._core.spellings.recognise import Recognised
+from torchkiln._core.spellings.spelled import Spelled, Step
+from torchkiln._core.spellings.torch_style import no_state
 
-__all__ = ["Evaluation", "Evaluator"]
+__all__ = ["Evaluation", "Evaluator", "Source"]
 
 # How far from 1 rounding leaves the length of u and v, as stored in full precision and in less.
 _UNIT_TOLERANCE = 1e-4
@@ -25,6 +26,16 @@ _UNIT_TOLERANCE_LOW = 1e-2
 _CLEAR = 0.9
 # How well u and v must align with the original for it to be what the spectral norm was computed from.
 _ALIGNED = 1 - 1e-3
+
+
+class Source(Protocol):
+    """Where the values are: an open checkpoint, or a state dict in memory."""
+
+    def read(self, group: Group, key: str) -> Tensor:
+        """Return one tensor, which is not written to."""
+
+    def identity(self, group: Group, key: str) -> Hashable:
+        """Return a value that is equal for two keys exactly when they hold the same memory."""
 
 
 @dataclass
@@ -36,19 +47,21 @@ class Evaluation:
         dim: The normalized dim of the norm, None for all at once or where the steps have none.
         assumptions: What the file does not prove.
         warnings: What is wrong with the values, each naming a key.
+        guessed: Whether neither shapes nor values tell the normalized dim of a spectral norm.
     """
 
     tensor: Tensor = field(default_factory=lambda: torch.empty(0))
     dim: int | None = None
     assumptions: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    guessed: bool = False
 
 
 class Evaluator:
     """Computes the tensors of one group.
 
     Args:
-        file: The open checkpoint.
+        source: Has the values.
         group: Where the tensors are.
         found: What was recognised in the group.
         options: What the caller knows.
@@ -57,14 +70,14 @@ class Evaluator:
 
     def __init__(
         self,
-        file: CheckpointFile,
+        source: Source,
         group: Group,
         *,
         found: Recognised,
         options: Options,
         exact: bool = False,
     ) -> None:
-        self._file, self._group, self._found, self._options = file, group, found, options
+        self._source, self._group, self._found, self._options = source, group, found, options
         self._exact = exact
 
     @torch.no_grad()
@@ -91,7 +104,7 @@ class Evaluator:
         """Return a value that is equal for two tensors computed alike from the same memory."""
         spelled = self._found.spelled
         inputs = tuple(
-            self.identity(spelled[key]) if key in spelled else self._file.identity(self._group, key)
+            self.identity(spelled[key]) if key in spelled else self._source.identity(self._group, key)
             for key in item.inputs
         )
         return tuple((step.kind, step.map, self.choice(step, item)) for step in item.steps), inputs
@@ -113,8 +126,8 @@ class Evaluator:
             result.assumptions += evaluation.assumptions
             result.warnings += evaluation.warnings
             return evaluation.tensor
-        tensor = self._file.read(self._group, key).detach()
-        wide = _fold.compute_dtype(tensor.dtype)
+        tensor = self._source.read(self._group, key).detach()
+        wide = fold.compute_dtype(tensor.dtype)
         if self._exact:
             wide = torch.promote_types(wide, torch.float64)
         # A copy even where nothing is cast: memory mapped from a file is aligned otherwise than a model's, and
@@ -129,15 +142,15 @@ class Evaluator:
         elif step.kind == "orthogonal":
             base = self._read(step.state[0], result) if step.state else None
             assert step.map is not None
-            result.tensor = _fold.orthogonal(result.tensor, base, step.map)
+            result.tensor = fold.orthogonal(result.tensor, base, step.map)
         elif step.kind == "pruning":
-            result.tensor = _fold.apply_mask(result.tensor, self._read(step.state[0], result))
+            result.tensor = fold.apply_mask(result.tensor, self._read(step.state[0], result))
 
     def _weight_norm(self, step: Step, item: Spelled, result: Evaluation) -> None:
         g, v = self._read(item.originals[0], result), result.tensor
         result.dim = self._dim(step, item, result)
         dtype = torch.promote_types(g.dtype, v.dtype)
-        rule = _fold.exact_weight_norm if self._exact else _fold.weight_norm
+        rule = fold.exact_weight_norm if self._exact else fold.weight_norm
         result.tensor = rule(g.to(dtype), v.to(dtype), result.dim)
         self._check_rows(item.originals[1], v, result)
 
@@ -157,7 +170,7 @@ class Evaluator:
         result.dim = self._spectral_dim(step, item, u=u, v=v, result=result)
         assert result.dim is not None
         self._check_skipped(item, u=u, v=v, result=result)
-        rule = _fold.exact_spectral_norm if self._exact else _fold.spectral_norm
+        rule = fold.exact_spectral_norm if self._exact else fold.spectral_norm
         result.tensor = rule(result.tensor, u.to(result.tensor.dtype), v.to(result.tensor.dtype), result.dim)
 
     def _unit(self, key: str, result: Evaluation) -> Tensor:
@@ -167,7 +180,7 @@ class Evaluator:
             self._found.spelled[key].entry if key in self._found.spelled else self._group.entries[key]
         ).dtype
         if abs(length - 1) <= (
-            _UNIT_TOLERANCE if _fold.compute_dtype(stored) == stored else _UNIT_TOLERANCE_LOW
+            _UNIT_TOLERANCE if fold.compute_dtype(stored) == stored else _UNIT_TOLERANCE_LOW
         ):
             return vector
         result.warnings.append(
@@ -191,12 +204,16 @@ class Evaluator:
             return dim
         if len(step.dims) == 1:
             return step.dims[0]
-        fit = {d: _alignment(_fold.matrix(result.tensor, d), u, v) for d in step.dims if d is not None}
+        fit = {d: _alignment(fold.matrix(result.tensor, d), u, v) for d in step.dims if d is not None}
         best, second = sorted(fit, key=lambda d: -fit[d])[:2]
         fitting = " and ".join(map(str, step.dims))
         if fit[best] >= _CLEAR and fit[second] <= _CLEAR * fit[best]:
             result.assumptions.append(f"dims {fitting} fit the shapes; u and v fit dim {best}")
             return best
+        likely = self._options.likely_dim(item.name)
+        if likely in step.dims:
+            return likely
+        result.guessed = True
         result.assumptions.append(
             f"dims {fitting} fit the shapes, and u and v do not tell: took {step.dims[0]}"
         )
@@ -211,7 +228,7 @@ class Evaluator:
         if not item.skipped or self._options.says(item.name, "identity"):
             return
         assert result.dim is not None
-        if not _alignment(_fold.matrix(result.tensor, result.dim), u, v) >= _ALIGNED:
+        if not _alignment(fold.matrix(result.tensor, result.dim), u, v) >= _ALIGNED:
             raise CheckpointError(no_state(item.name, item.skipped))
         result.assumptions.append(
             f"step {_some(item.skipped)} keeps nothing in the file; u and v fit without it"

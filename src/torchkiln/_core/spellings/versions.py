@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
-from torchkiln.checkpoint._io import Change, Label
+from torchkiln._core.spellings.entries import Label
 
 __all__ = ["relabel"]
 
 Records = MutableMapping[str, Any]
 
 
-def relabel(records: Records, changes: Iterable[Change]) -> Records:
-    """Return the records (``state_dict._metadata``) as a module with the new spelling would have saved them.
+def relabel(records: Records, *, before: Iterable[Label], after: Iterable[Label]) -> None:
+    """Make the records (``state_dict._metadata``) those that a module with the new spelling would have saved.
 
     Args:
         records: One entry for each module, by its path. Changed in place.
-        changes: What became of the keys.
+        before: The tensors as they were spelled.
+        after: The tensors as they are spelled now.
     """
-    for change in changes:
-        for label in change.before:
-            _forget(records, label)
-        for label in change.after:
-            _enter(records, label)
-    return records
+    for label in before:
+        _forget(records, label)
+    for label in after:
+        _enter(records, label)
 
 
 def _forget(records: Records, label: Label) -> None:

@@ -80,7 +80,7 @@ def _rotation(Y: Tensor, of_skew: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _cayley(A: Tensor) -> Tensor:
-    identity = torch.eye(A.shape[-1], dtype=A.dtype)
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     rotation: Tensor = torch.linalg.solve(identity - A / 2, identity + A / 2)
     return rotation
 

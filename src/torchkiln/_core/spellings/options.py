@@ -63,12 +63,31 @@ class Options:
         self._assume_patterns = Patterns(list(self._assume))
         self._dim_patterns = Patterns(list(self._dims))
         self._path: tuple[str, ...] = ()
+        self._expected: Mapping[str, int] = {}
 
     def within(self, path: tuple[str, ...]) -> Options:
         """Return these options for the names of one group; what is of use is remembered in both."""
         view = copy(self)
         view._path = path
         return view
+
+    def expecting(self, dims: Mapping[str, int]) -> Options:
+        """Return these options for a module that is known to have some tensors.
+
+        Args:
+            dims: The tensors' names, and which dimension a spectral norm of them normalizes unless it is told another.
+        """
+        view = copy(self)
+        view._expected = dims
+        return view
+
+    def expects(self, name: str) -> bool:
+        """Return whether it is known that there is a tensor with this name."""
+        return name in self._expected
+
+    def likely_dim(self, name: str) -> int | None:
+        """Return the dimension that a spectral norm of a tensor most likely normalizes, where its module is known."""
+        return self._expected.get(name)
 
     def says(self, name: str, *values: str) -> str | None:
         """Return what `assume` says about a tensor, if it is one of the values."""

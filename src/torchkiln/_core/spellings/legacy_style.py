@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torchkiln.checkpoint._io import Entry
-from torchkiln.checkpoint._options import Options
-from torchkiln.checkpoint._spelled import (
+from torchkiln._core.spellings.entries import Entry
+from torchkiln._core.spellings.options import Options
+from torchkiln._core.spellings.spelled import (
     Spelled,
     Step,
     gained,
@@ -56,7 +56,7 @@ def pairs(entries: Mapping[str, Entry], options: Options) -> list[Spelled]:
         dims = weight_norm_dims(g.shape, v.shape)
         # Of one vector and another of its length, weight norm would keep the signs alone: two gates more likely.
         gates = len(v.shape) == 1 and g.shape == v.shape
-        if dims and (options.says(name, "weight_norm") or not gates):
+        if dims and (not gates or options.says(name, "weight_norm") or options.expects(name)):
             step = Step("weight_norm", dims=dims)
             found.append(Spelled(name, "legacy", (key, f"{name}_v"), (step,), gained(g, v)))
     return found

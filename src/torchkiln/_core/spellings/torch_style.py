@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torchkiln.checkpoint._io import Entry
-from torchkiln.checkpoint._options import MAPS, Options
-from torchkiln.checkpoint._spelled import (
+from torchkiln._core.spellings.entries import Entry
+from torchkiln._core.spellings.options import MAPS, Options
+from torchkiln._core.spellings.spelled import (
     Spelled,
     Step,
     gained,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from torchkiln.checkpoint import _legacy_style, _torch_style
-from torchkiln.checkpoint._io import Entry, Group
-from torchkiln.checkpoint._options import Options
-from torchkiln.checkpoint._spelled import Spelled
+from torchkiln._core.spellings import legacy_style, torch_style
+from torchkiln._core.spellings.entries import Entry, Group
+from torchkiln._core.spellings.options import Options
+from torchkiln._core.spellings.spelled import Spelled
 
 __all__ = ["Recognised", "recognise"]
 
@@ -51,17 +51,17 @@ def recognise(group: Group, options: Options) -> Recognised:
     while True:
         # The order makes it inside out: masks and vectors sit on g, v and originals more often than under them.
         batch = (
-            _legacy_style.originals(left, options)
-            or _torch_style.lists(left, options, modules=group.modules)
-            or _legacy_style.pairs(left, options)
+            legacy_style.originals(left, options)
+            or torch_style.lists(left, options, modules=group.modules)
+            or legacy_style.pairs(left, options)
         )
         if not batch:
             break
         for item in batch:
             _accept(item, left, found)
-    for item in _legacy_style.lone_originals(left, options):
+    for item in legacy_style.lone_originals(left, options):
         _accept(item, left, found)
-    found.remarks = {**_torch_style.look_alikes(left), **_legacy_style.look_alikes(left)}
+    found.remarks = {**torch_style.look_alikes(left), **legacy_style.look_alikes(left)}
     return found
 
 

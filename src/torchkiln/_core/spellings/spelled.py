@@ -8,23 +8,35 @@ from typing import Literal
 
 import torch
 
-from torchkiln.checkpoint._fold import compute_dtype
-from torchkiln.checkpoint._io import Entry, Label
-from torchkiln.checkpoint._options import MAPS, Options
+from torchkiln._core.spellings.entries import Entry, Label
+from torchkiln._core.spellings.fold import compute_dtype
+from torchkiln._core.spellings.options import MAPS, Options
 
 __all__ = [
+    "Kind",
+    "Norm",
     "Spelled",
     "Step",
     "Style",
     "gained",
     "is_number",
     "lone",
+    "norm_keys",
     "spectral_norm_dims",
     "weight_norm_dims",
 ]
 
 Style = Literal["legacy", "torch"]
+Norm = Literal["spectral_norm", "weight_norm"]
 Kind = Literal["identity", "orthogonal", "pruning", "spectral_norm", "weight_norm"]
+
+# What a norm's keys end in, after "parametrizations.t." in torch's style and after "t_" in the legacy one.
+_ENDINGS: dict[tuple[Style, Norm], tuple[str, ...]] = {
+    ("torch", "weight_norm"): ("original0", "original1"),
+    ("torch", "spectral_norm"): ("original", "0._u", "0._v"),
+    ("legacy", "weight_norm"): ("g", "v"),
+    ("legacy", "spectral_norm"): ("orig", "u", "v"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,18 @@ class Spelled:
         prefix, _, tensor = self.name.rpartition(".")
         kind = self.steps[0].kind if self.steps else ""
         return Label(f"{prefix}." if prefix else "", tensor, self.style, kind)
+
+
+def norm_keys(name: str, style: Style, norm: Norm) -> tuple[str, ...]:
+    """Return the keys of the tensor `name` under one norm; both styles have the same tensors in the same order.
+
+    Example:
+        >>> norm_keys("conv.weight", "torch", "weight_norm")
+        ('conv.parametrizations.weight.original0', 'conv.parametrizations.weight.original1')
+    """
+    prefix, dot, tensor = name.rpartition(".")
+    start = f"{prefix}{dot}parametrizations.{tensor}." if style == "torch" else f"{name}_"
+    return tuple(start + ending for ending in _ENDINGS[style, norm])
 
 
 def weight_norm_dims(g: tuple[int, ...], v: tuple[int, ...]) -> tuple[int | None, ...]:

@@ -1,0 +1,56 @@
+"""What a parameter is besides its numbers: its class, and the attributes that others have set on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = ["attributes_kept", "carry_over", "parameter_like"]
+
+
+def parameter_like(data: Tensor, sources: Sequence[Tensor], *, requires_grad: bool) -> nn.Parameter:
+    """Return ``data`` as a parameter of the class and with the attributes of ``sources``; the last one prevails.
+
+    Attributes are what optimizers and engines note on a parameter (``_no_weight_decay``, a sharding dimension).
+    Tensors that wrap others hold those in their attributes, so theirs stay where they are.
+    """
+    parameter = nn.Parameter(data.detach(), requires_grad)
+    kinds = [type(source) for source in sources if issubclass(type(source), nn.Parameter)]
+    if kinds and kinds[-1] is not nn.Parameter and type(parameter) is nn.Parameter:
+        # As in a deep copy, the class's own constructor is not asked: it may want more than data.
+        parameter = cast(nn.Parameter, Tensor._make_subclass(kinds[-1], data.detach(), requires_grad))
+    for source in sources:
+        vars(parameter).update(_attributes(source))
+    return parameter
+
+
+def carry_over(original: Tensor, chain: nn.Module) -> None:
+    """Give the parameters that ``chain`` has made of ``original`` its class and its attributes."""
+    plain = type(original) is nn.Parameter and not vars(original)
+    if plain or not isinstance(original, nn.Parameter):
+        return
+    for name, parameter in chain._parameters.items():
+        if parameter is not None and parameter is not original:
+            chain._parameters[name] = parameter_like(
+                parameter, [original], requires_grad=parameter.requires_grad
+            )
+
+
+@contextmanager
+def attributes_kept(tensor: Tensor | None) -> Iterator[None]:
+    """Keep the attributes of ``tensor`` while its data are exchanged: ``swap_tensors`` takes them along."""
+    attributes = {} if tensor is None else _attributes(tensor)
+    try:
+        yield
+    finally:
+        if tensor is not None and attributes:
+            vars(tensor).update(attributes)
+
+
+def _attributes(tensor: Tensor) -> dict[str, Any]:
+    is_wrapper: bool = is_traceable_wrapper_subclass(tensor)
+    return {} if is_wrapper else vars(tensor).copy()

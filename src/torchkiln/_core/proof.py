@@ -1,0 +1,183 @@
+"""What a kept value was computed from, and whether all of it is still so.
+
+Whatever has no such proof is not kept. See ``README.md`` beside this file, "The cache".
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+__all__ = ["Proof"]
+
+Attributes = dict[str, Any]
+
+
+# Looked up once: each read in a scope calls them.
+_grad_enabled = torch._C.is_grad_enabled
+_autocast_enabled = torch._C._is_any_autocast_enabled
+
+
+class _OptimizerSteps:
+    """The last optimizer step in this process, as an object of its own.
+
+    Fused kernels, and many optimizers outside of torch, write to parameters without moving the version counters. Not a
+    number: torch.compile, which runs this hook with a compiled step, would compile the next one anew.
+    """
+
+    def __init__(self) -> None:
+        self.last: list[None] = []
+
+    def __call__(self, *_: Any) -> None:
+        self.last = []
+
+
+_optimizer_steps = _OptimizerSteps()
+register_optimizer_step_post_hook(_optimizer_steps)
+
+
+class _Graph:
+    """Whether a backward pass has gone through the graph behind a value, and so may have freed it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.spent = False
+        if value.grad_fn is not None:
+            # Which must not refer to the value: no collector would see that cycle.
+            value.grad_fn.register_prehook(self)
+
+    def __call__(self, *_: Any) -> None:
+        self.spent = True
+
+
+class _TensorState(NamedTuple):
+    """Where a tensor was found, and the state it was in."""
+
+    place: Attributes
+    name: str
+    tensor: Tensor
+    version: int
+    requires_grad: bool
+    dtype: torch.dtype
+    memory: Tensor  # a second tensor on the same memory: held, so that no other can come to lie there
+
+
+class _ModuleState(NamedTuple):
+    """What a module had, besides tensors."""
+
+    attributes: Attributes
+    pick: Callable[[Attributes], tuple[Any, ...]]
+    picked: tuple[Any, ...]
+    parameters: Attributes
+    buffers: Attributes
+    modules: Attributes
+    size: int
+    children: tuple[Any, ...]
+
+
+# What is gone, or says so when it is compared, has changed.
+_INCOMPARABLE = (KeyError, RuntimeError, TypeError, ValueError)
+# What every module has; hooks and the like, which are not compared.
+_BOOKKEEPING = frozenset(nn.Module().__dict__)
+
+
+class Proof:
+    """What an entry was computed from, and whether all of it is still so.
+
+    It holds modules by their ``__dict__``, so that the chain itself is held weakly. ``holds`` is what a read in a scope
+    costs, and is therefore one flat function.
+    """
+
+    __slots__ = (
+        *("chain", "device_types", "graph", "modes", "modules"),
+        *("step", "tensors", "vacant", "value", "version"),
+    )
+
+    def __init__(
+        self, value: Tensor, chain: nn.Module, forget: Callable[[weakref.ref[nn.Module]], None]
+    ) -> None:
+        self.value = value
+        self.version = value._version  # somebody may write to what a read returned
+        self.graph = _Graph(value)
+        self.chain = weakref.ref(chain, forget)
+        self.step = _optimizer_steps.last
+        self.tensors: list[_TensorState] = []
+        self.modules: list[_ModuleState] = []
+        self.vacant: list[tuple[Attributes, str]] = []  # parameters and buffers that are None
+        for module in chain.modules():
+            self._collect(module.__dict__)
+        self.device_types = {value.device.type, *(state.tensor.device.type for state in self.tensors)}
+        self.modes = _modes(self.device_types)
+
+    def _collect(self, attributes: Attributes) -> None:
+        parameters, buffers, modules = (attributes[name] for name in ("_parameters", "_buffers", "_modules"))
+        for place in (parameters, buffers, attributes):
+            self.tensors += [
+                _tensor_state(place, name, tensor)
+                for name, tensor in place.items()
+                if isinstance(tensor, Tensor)
+            ]
+            if place is not attributes:
+                self.vacant += [(place, name) for name, tensor in place.items() if tensor is None]
+        pick = itemgetter(
+            "training", "_parameters", *(name for name in attributes if name not in _BOOKKEEPING)
+        )
+        size = len(attributes) + len(parameters) + len(buffers) + len(modules)
+        places = (parameters, buffers, modules)
+        self.modules.append(
+            _ModuleState(attributes, pick, pick(attributes), *places, size, tuple(modules.values()))
+        )
+
+    def holds(self, chain: nn.Module) -> bool:
+        if (
+            self.chain() is not chain
+            or self.graph.spent
+            or self.value._version != self.version
+            or self.step is not _optimizer_steps.last
+            or self.modes != _modes(self.device_types)
+        ):
+            return False
+        try:
+            for place, name, tensor, version, requires_grad, dtype, memory in self.tensors:
+                if (
+                    place[name] is not tensor
+                    or tensor._version != version
+                    or tensor.requires_grad is not requires_grad
+                    or tensor.dtype is not dtype
+                    or not tensor.is_set_to(memory)
+                ):
+                    return False
+            for attributes, pick, picked, parameters, buffers, modules, size, children in self.modules:
+                if (
+                    len(attributes) + len(parameters) + len(buffers) + len(modules) != size
+                    or pick(attributes) != picked
+                    or (modules and tuple(modules.values()) != children)
+                ):
+                    return False
+            for place, name in self.vacant:
+                if place.get(name, self) is not None:
+                    return False
+        except _INCOMPARABLE:
+            return False
+        return True
+
+
+def _tensor_state(place: Attributes, name: str, tensor: Tensor) -> _TensorState:
+    memory = tensor.data
+    if not tensor.is_set_to(memory):  # it may as well raise
+        raise RuntimeError("the memory of this tensor cannot be compared")
+    return _TensorState(place, name, tensor, tensor._version, tensor.requires_grad, tensor.dtype, memory)
+
+
+def _modes(device_types: set[str]) -> tuple[Any, ...] | bool:
+    """Return the modes that decide what a computation returns: whether it makes a graph, and in which dtype."""
+    if not _autocast_enabled():
+        return _grad_enabled()
+    kinds = [kind for kind in device_types if torch.amp.is_autocast_available(kind)]
+    casts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    return (_grad_enabled(), casts)

@@ -1,0 +1,124 @@
+"""Writes to a computed tensor reach its originals: ``nn.init.zeros_(m.weight)``, ``m.weight.data.normal_()``.
+
+A computed tensor is new at each read, so that a write into it would be lost without a word. What is read outside of a
+``forward`` is therefore a :class:`ComputedTensor`: after an in-place method, and again when it is dropped, it looks at
+its version counter, and if somebody wrote into it, in whatever way (a method, a view, ``out=``), the chain's right
+inverse takes the new value.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchkiln._core.chain import enabled_steps
+from torchkiln._core.errors import TorchkilnWarning
+
+__all__ = ["ComputedTensor", "watched"]
+
+
+_PARAMETER_NEW = nn.Parameter.__new__.__code__
+
+
+class ComputedTensor(Tensor):
+    """A value of a chain that carries writes back to it. Every operation on it gives plain tensors."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own way to say so
+
+    _chain: nn.Module
+    _name: str
+    _version_read: int
+    _grad_fn_read: Any
+
+    @property
+    def data(self) -> Tensor:
+        """The same memory without autograd; writes into it count as well."""
+        data = Tensor.data.__get__(self)  # type: ignore[attr-defined]  # a C descriptor
+        _watch(data, self._chain, self._name)
+        return data  # type: ignore[no-any-return]  # a C descriptor
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._chain.right_inverse(value)  # type: ignore[operator]  # mypy: Tensor | Module
+
+    def __del__(self) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """Hand what was written since the read to the chain."""
+        if self._version == self._version_read or self.grad_fn is not self._grad_fn_read:
+            return  # nothing written, or by a differentiable operation of the caller's own
+        self._version_read = self._version
+        chain, step = self._chain, _without_inverse(self._chain)
+        if step is not None:
+            warnings.warn(
+                f"A write into the computed tensor {self._name!r} is lost: {type(step).__name__} has no "
+                f"right_inverse.\nWrite to parametrizations.{self._name}.original, or define right_inverse.",
+                TorchkilnWarning,
+                stacklevel=2,
+            )
+            return
+        chain.right_inverse(self.detach())  # type: ignore[operator]  # mypy: Tensor | Module
+
+    def detach(self) -> Tensor:
+        """Return the same memory without autograd, as any tensor does."""
+        if sys._getframe(1).f_code is _PARAMETER_NEW:
+            # nn.Parameter(m.weight) demands that both are of one type; from here on this one carries nothing back.
+            self.__class__ = Tensor  # type: ignore[assignment]  # a plain tensor again
+            return Tensor.detach(self)
+        return Tensor.detach(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain: Any = self.detach().requires_grad_(self.requires_grad)
+        return plain.__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        plain = self if self.grad_fn is not None else self.detach()
+        return Tensor.__deepcopy__(plain, memo)  # type: ignore[no-any-return,no-untyped-call]  # unannotated
+
+
+def _settling(name: str) -> Callable[..., Any]:
+    """Return the in-place method ``name`` of tensors that carries the write back at once."""
+    method = getattr(Tensor, name)
+
+    @functools.wraps(method)
+    def write(self: ComputedTensor, *arguments: Any, **keywords: Any) -> Any:
+        result = method(self, *arguments, **keywords)
+        self.settle()
+        return result
+
+    return write
+
+
+for _name in dir(Tensor):
+    if (_name.endswith("_") and not _name.startswith("_")) or _name == "__setitem__":
+        setattr(ComputedTensor, _name, _settling(_name))
+ComputedTensor.__name__ = "tensor"  # it prints as any tensor does
+
+
+def _without_inverse(chain: nn.Module) -> nn.Module | None:
+    return next((step for step in enabled_steps(chain) if not hasattr(step, "right_inverse")), None)
+
+
+def watched(value: Tensor, chain: nn.Module, name: str) -> Tensor:
+    """Return ``value``, which ``chain`` has just computed, as one that carries writes back.
+
+    Not so for what somebody else holds too (a buffer that a step returns), other kinds of tensors, and values of
+    ``torch.func`` transforms.
+    """
+    # Held by the caller's name, this argument and getrefcount's own.
+    fresh = type(value) is Tensor and sys.getrefcount(value) <= 3
+    if fresh and not torch._C._are_functorch_transforms_active() and not value.is_inference():
+        _watch(value, chain, name)
+    return value
+
+
+def _watch(value: Tensor, chain: nn.Module, name: str) -> None:
+    value.__class__ = ComputedTensor
+    value.__dict__.update(_chain=chain, _name=name, _version_read=value._version, _grad_fn_read=value.grad_fn)

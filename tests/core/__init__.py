@@ -1,0 +1,1 @@
+"""The mechanism, part by part."""
