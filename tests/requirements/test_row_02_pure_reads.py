@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -111,6 +112,20 @@ def test_02_a_weight_used_without_its_owner_is_tracked(impl: Impl) -> None:
         optimizer.step()
     sigma = torch.linalg.matrix_norm(layer.weight.detach(), 2).item()
     assert sigma == pytest.approx(1.0, abs=0.02)
+
+
+@row(2, "57784, 68421")
+def test_02_a_fused_optimizer_advances_the_state(impl: Impl) -> None:
+    """Fused kernels move no version counter."""
+    layer = impl.N.spectral_norm(nn.Linear(6, 5))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, fused=True)
+    vectors = [buffers(layer)[0]]
+    for x in torch.randn(3, 3, 6):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+        vectors.append(buffers(layer)[0])
+    assert not any(torch.equal(one, other) for one, other in pairwise(vectors))
 
 
 @row(2, "57784, 68421")

@@ -149,3 +149,20 @@ def test_05_a_buffer_that_a_step_returns_stays_one(impl: Impl) -> None:
     layer: Any = impl.P.register_parametrization(nn.Linear(3, 3), "weight", Held())
     _ = layer.weight
     assert type(layer.parametrizations.weight[0].held) is Tensor
+
+
+@row(5, ISSUE, torch=LOST)
+def test_05_a_write_while_another_module_has_a_scope(impl: Impl) -> None:
+    layer = normed(impl)
+
+    def initialize() -> None:
+        nn.init.ones_(layer.weight)
+
+    class Other(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            initialize()
+            return x
+
+    other = impl.P.register_parametrization(Other(2, 2), "weight", nn.Identity())
+    other(torch.ones(1, 2))
+    torch.testing.assert_close(layer.weight, torch.ones(4, 4, dtype=torch.float64))

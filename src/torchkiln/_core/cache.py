@@ -334,12 +334,12 @@ def set_count(count: int) -> None:
         _process_scope.clear()
 
 
-def cached_value(module: nn.Module, name: str, chain: nn.Module) -> Tensor:
-    """Return ``chain()``, from the open scope where there is one; ``chain`` makes ``module``'s tensor ``name``."""
+def cached_value(module: nn.Module, name: str, chain: nn.Module) -> Tensor | None:
+    """Return the value of ``module``'s tensor ``name`` from the scope that keeps it; None where none does."""
     # One graph evaluates once anyway.
     scope = None if torch.compiler.is_compiling() else _scope_for(module)
     if scope is None:
-        return chain()  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
+        return None
     if _tracing_state() is not None:
         raise RuntimeError("Cannot trace a model while caching parametrizations.")
     return scope.value((id(module), name), chain)

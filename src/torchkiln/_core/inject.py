@@ -137,8 +137,10 @@ def _tensor_property(cls: type, name: str) -> _TensorProperty:
         chain: Any = None if chains is None else chains._modules.get(name)
         if chain is None:
             return _plain_attribute(cls, self, name)
-        if any_scope_open.flag:
-            return cached_value(self, name, chain)
+        # The flag is a thread's or another's; most reads find it down.
+        kept = cached_value(self, name, chain) if any_scope_open.flag else None
+        if kept is not None:
+            return kept
         value = chain()
         # A forward does not write into its weights; anyone else may want to (nn.init, reset_parameters).
         if type(value) is not Tensor or torch.compiler.is_compiling():
@@ -198,9 +200,10 @@ def _refuse_scripting(_module: nn.Module) -> nn.Module:
 
 
 def _plain_attribute(cls: type, module: nn.Module, name: str) -> Any:
-    """Look ``name`` up as if ``cls`` had no such property; parameters and buffers are ``__getattr__``'s, as ever."""
-    if name in module.__dict__:
-        return module.__dict__[name]
+    """Look ``name`` up as if ``cls`` had no such property."""
+    for places in (module._parameters, module._buffers, module.__dict__):
+        if name in places:
+            return places[name]
     return getattr(super(cls, module), name)
 
 

@@ -34,8 +34,15 @@ class _OptimizerSteps:
     def __init__(self) -> None:
         self.last: list[None] = []
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.last = []
+        if torch.compiler.is_compiling():
+            return
+        for group in optimizer.param_groups:
+            if group.get(
+                "fused"
+            ):  # so that everything that goes by versions sees the step: state that advances, too
+                torch.autograd.graph.increment_version(group["params"])
 
 
 _optimizer_steps = _OptimizerSteps()
