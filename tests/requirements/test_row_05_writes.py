@@ -166,3 +166,13 @@ def test_05_a_write_while_another_module_has_a_scope(impl: Impl) -> None:
     other = impl.P.register_parametrization(Other(2, 2), "weight", nn.Identity())
     other(torch.ones(1, 2))
     torch.testing.assert_close(layer.weight, torch.ones(4, 4, dtype=torch.float64))
+
+
+@row(5, ISSUE, torch="the value knows nothing of its originals", raises=AttributeError)
+def test_05_what_is_marked_as_loaded_is_known_to_be(impl: Impl) -> None:
+    """transformers initializes after loading, but for tensors that carry its mark."""
+    layer = normed(impl)
+    assert not hasattr(layer.weight, "_is_hf_initialized")
+    for original in layer.parametrizations.weight.parameters():
+        original._is_hf_initialized = True
+    assert layer.weight._is_hf_initialized

@@ -121,4 +121,9 @@ def watched(value: Tensor, chain: nn.Module, name: str) -> Tensor:
 
 def _watch(value: Tensor, chain: nn.Module, name: str) -> None:
     value.__class__ = ComputedTensor
+    # What is said of all originals holds for the value: transformers marks loaded parameters, and initializes the rest.
+    first, *rest = [vars(original) for original in chain._parameters.values() if original is not None] or [{}]
+    value.__dict__.update(
+        {key: said for key, said in first.items() if all(one.get(key) is said for one in rest)}
+    )
     value.__dict__.update(_chain=chain, _name=name, _version_read=value._version, _grad_fn_read=value.grad_fn)
