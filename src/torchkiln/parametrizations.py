@@ -1,7 +1,7 @@
 """Drop-in for ``torch.nn.utils.parametrizations``: orthogonal, spectral norm and weight norm.
 
 The functions, their defaults, the random numbers they draw, their state-dict keys and the classes that the repr shows
-are torch's; the maths is in ``families/_maps.py``.
+are torch's; the maths is in ``families/_maps``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.request import check_lazy, no_tensor
 from torchkiln._core.state import AdvancingStep
-from torchkiln.families import _maps
+from torchkiln.families._maps import norms
+from torchkiln.families._maps import orthogonal as orthogonal_maps
+from torchkiln.families._maps.precision import full_precision, widen
 from torchkiln.parametrize import register_parametrization
 
 __all__ = ["orthogonal", "spectral_norm", "weight_norm"]
@@ -46,9 +48,9 @@ class _OrthMaps(Enum):
 
 
 _MAPS = {
-    _OrthMaps.matrix_exp: _maps.exponential,
-    _OrthMaps.cayley: _maps.cayley,
-    _OrthMaps.householder: _maps.householder,
+    _OrthMaps.matrix_exp: orthogonal_maps.exponential,
+    _OrthMaps.cayley: orthogonal_maps.cayley,
+    _OrthMaps.householder: orthogonal_maps.householder,
 }
 
 
@@ -69,8 +71,8 @@ class _Orthogonal(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         wide = X.shape[-2] < X.shape[-1]
-        with _maps.full_precision(X):
-            tall = _maps.widen(X.mT if wide else X)
+        with full_precision(X):
+            tall = widen(X.mT if wide else X)
             Q = _MAPS[self.orthogonal_map](tall)
             base = self._buffers.get("base")
             if base is not None:
@@ -87,11 +89,11 @@ class _Orthogonal(nn.Module):
             )
         wide = Q.shape[-2] < Q.shape[-1]
         tall = Q.mT if wide else Q
-        with _maps.full_precision(Q):
+        with full_precision(Q):
             if "base" in self._buffers:
-                self.base = _maps.complete_basis(tall)
+                self.base = orthogonal_maps.complete_basis(tall)
                 return _minus_identity(Q)
-            X = self._inverse_without_base(_maps.widen(tall)).to(Q.dtype)
+            X = self._inverse_without_base(widen(tall)).to(Q.dtype)
         return X.mT.contiguous() if wide else X
 
     def _inverse_without_base(self, Q: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class _Orthogonal(nn.Module):
                 "It is not possible to assign to the matrix exponential "
                 "or the Cayley parametrizations when use_trivialization=False."
             )
-        return _maps.householder_inverse(Q)
+        return orthogonal_maps.householder_inverse(Q)
 
 
 def _minus_identity(Q: Tensor) -> Tensor:
@@ -200,10 +202,10 @@ class _WeightNorm(nn.Module):
         self.dim = -1 if dim is None else dim
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
-        return _maps.weight_normalize(weight_v, weight_g, self.dim)
+        return norms.weight_normalize(weight_v, weight_g, self.dim)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return _maps.norm_except(weight, self.dim), weight
+        return norms.norm_except(weight, self.dim), weight
 
 
 def weight_norm(module: ModuleT, name: str = "weight", dim: int | None = 0) -> ModuleT:
@@ -270,25 +272,25 @@ class _SpectralNorm(AdvancingStep):
         self.eps = eps
         if ndim > 1:
             self.n_power_iterations = n_power_iterations
-            self._start(_maps.as_matrix(weight, self.dim))
+            self._start(norms.as_matrix(weight, self.dim))
 
     def _start(self, M: Tensor) -> None:
         with torch.no_grad():
             u, v = (M.new_empty(length).normal_() for length in M.shape)
             u, v = F.normalize(u, dim=0, eps=self.eps), F.normalize(v, dim=0, eps=self.eps)
-            u, v = _maps.power_iteration(M, u, v, steps=15, eps=self.eps)
+            u, v = norms.power_iteration(M, u, v, steps=15, eps=self.eps)
         self.register_buffer("_u", u)
         self.register_buffer("_v", v)
 
     def advance(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        M = _maps.as_matrix(x, self.dim)
-        return _maps.power_iteration(M, *state, steps=self.n_power_iterations, eps=self.eps)
+        M = norms.as_matrix(x, self.dim)
+        return norms.power_iteration(M, *state, steps=self.n_power_iterations, eps=self.eps)
 
     def forward(self, weight: Tensor) -> Tensor:
         if weight.ndim == 1:
             return F.normalize(weight, dim=0, eps=self.eps)
         u, v = self.current_state(weight)
-        return _maps.spectral_normalize(weight, u, v, self.dim)
+        return norms.spectral_normalize(weight, u, v, self.dim)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.proof import Proof
+from torchkiln._core.tracing import is_recorded
 
 __all__ = [
     "any_scope_open",
@@ -278,7 +279,7 @@ def evaluate_once(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward_once(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
         # Graphs evaluate once anyway, and torch.compile cannot read a ContextVar.
-        if torch.compiler.is_compiling() or _tracing_state() is not None or _scope_for(self) is not None:
+        if is_recorded() or _scope_for(self) is not None:
             return base.forward(self, *arguments, **keywords)  # looked up now: it may have been patched
         with _entered(Scope(frozenset((id(self),)), is_forward=True)):
             return base.forward(self, *arguments, **keywords)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.chain import chains_of, is_parametrized
+from torchkiln._core.tracing import is_recorded
 
 __all__ = ["AdvancingStep", "advances_state", "follow_forward", "frozen", "unfollow_forward", "value_at_rest"]
 
@@ -53,7 +54,7 @@ class AdvancingStep(nn.Module):
         """
         buffers = self._state_buffers()
         change = self.__dict__.pop("_change", None)
-        if _is_traced():
+        if is_recorded():
             return self._advanced_in_place(x, buffers) if self.training else buffers
         progress = self._valid_progress(buffers)
         if progress is None:
@@ -116,11 +117,6 @@ def _marks(buffers: State) -> tuple[tuple[int, int], ...]:
     return tuple((id(buffer), 0 if buffer.is_inference() else buffer._version) for buffer in buffers)
 
 
-def _is_traced() -> bool:
-    """Return whether a graph is being recorded: it sees no version counters, and reads once for each forward."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-
-
 def advances_state(step: nn.Module) -> bool:
     """Return whether reading ``step`` in training mode advances its buffers: ours, or torch's own spectral norm."""
     return getattr(type(step), "advances_state", False) or type(step).__qualname__ == "_SpectralNorm"
@@ -143,7 +139,7 @@ def unfollow_forward(module: nn.Module) -> None:
 
 
 def _commit_after_forward(module: nn.Module, _arguments: Any, _output: Any) -> None:
-    if module.training and not _is_traced():
+    if module.training and not is_recorded():
         for step in _advancing_steps(module):
             step.commit()
 

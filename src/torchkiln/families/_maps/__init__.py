@@ -1,0 +1,1 @@
+"""The mathematics of the families: pure functions of tensors, grouped as the families are."""

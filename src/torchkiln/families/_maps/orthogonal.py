@@ -1,0 +1,114 @@
+"""Pure maps between free matrices and orthogonal ones; no modules, no state of their own.
+
+Matrices are the last two dimensions, everything before them is a batch. ``X`` is tall: n x k with n >= k.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchkiln.families._maps.precision import widen
+
+__all__ = [
+    "cayley",
+    "complete_basis",
+    "exponential",
+    "householder",
+    "householder_inverse",
+    "is_orthonormal",
+    "orthonormalize",
+    "skew",
+]
+
+
+def skew(X: Tensor) -> Tensor:
+    r"""Return the skew-Hermitian :math:`L - L^H`, ``L`` the lower triangle of ``X`` padded with zero columns to n x n.
+
+    Example:
+        >>> skew(torch.tensor([[1.0, 9.0], [2.0, 1.0]]))
+        tensor([[ 0., -2.],
+                [ 2.,  0.]])
+    """
+    n, k = X.shape[-2:]
+    L = F.pad(X.tril(), (0, n - k))
+    return L - L.mH
+
+
+def exponential(X: Tensor) -> Tensor:
+    r"""Return the first k columns of :math:`\exp(A)`, ``A`` the :func:`skew` of ``X`` (arXiv:1901.08428)."""
+    Q: Tensor = torch.matrix_exp(skew(X))
+    return Q[..., : X.shape[-1]]
+
+
+def cayley(X: Tensor) -> Tensor:
+    r"""Return the first k columns of :math:`(I - A/2)^{-1} (I + A/2)`, ``A`` the :func:`skew` of ``X``."""
+    half = skew(X) / 2
+    I = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device)  # noqa: E741  # the identity's name
+    Q: Tensor = torch.linalg.solve(I - half, I + half)
+    return Q[..., : X.shape[-1]]
+
+
+def householder(X: Tensor) -> Tensor:
+    r"""Return :math:`H_1 \cdots H_k` times the first k unit vectors, times the signs on the diagonal of ``X``.
+
+    :math:`H_i = I - \tau_i v_i v_i^T` with :math:`\tau_i = 2 / \|v_i\|^2`; :math:`v_i` is zero above row i, 1 there,
+    and column i of ``X`` below. Only the sign of the diagonal counts, zero as negative: whatever weight decay does to
+    it, the columns stay orthonormal, and ``X = 0`` gives the first unit vectors.
+    """
+    V = X.tril(-1)
+    tau = 2 / (1 + (V * V).sum(-2))
+    signs = torch.where(X.diagonal(dim1=-2, dim2=-1) > 0, 1.0, -1.0).to(X.dtype)
+    Q: Tensor = torch.linalg.householder_product(V, tau)
+    return Q * signs.unsqueeze(-2)
+
+
+def householder_inverse(Q: Tensor) -> Tensor:
+    """Return an ``X`` with ``householder(X) == Q`` for orthonormal columns ``Q``; for others, of the nearest QR factor.
+
+    Above the diagonal ``X`` holds what the factorization left there, which :func:`householder` does not read.
+    """
+    if Q.is_meta:
+        return torch.empty_like(Q)
+    X, tau = torch.geqrf(Q)
+    diagonal = X.diagonal(dim1=-2, dim2=-1)
+    signs = torch.where(diagonal < 0, -1.0, 1.0)
+    # LAPACK leaves out a reflection that would change nothing (tau = 0); householder() always reflects.
+    diagonal.copy_(torch.where(tau == 0, -signs, signs))
+    return X
+
+
+def is_orthonormal(Q: Tensor) -> bool:
+    """Say whether the columns of ``Q`` are orthonormal to the rounding of its dtype."""
+    n, k = Q.shape[-2:]
+    eps = torch.finfo(Q.dtype).eps
+    # Rounding a matrix with unit columns moves its Gram matrix by at most eps; in wide types products round as well.
+    tolerance = 10 * n * eps if widen(Q) is Q else 2 * eps
+    Q = widen(Q)
+    return torch.allclose(Q.mH @ Q, torch.eye(k, dtype=Q.dtype, device=Q.device), atol=tolerance)
+
+
+def orthonormalize(A: Tensor) -> Tensor:
+    """Return the factor ``Q`` of ``A = QR`` for which the diagonal of ``R`` is not negative."""
+    X, tau = torch.geqrf(A)
+    diagonal = X.diagonal(dim1=-2, dim2=-1)  # of R, and real also where A is complex
+    signs = torch.where(diagonal.real < 0, -1.0, 1.0).to(A.dtype)
+    Q: Tensor = torch.linalg.householder_product(X, tau)
+    # LAPACK's columns lie one after the other; files want rows.
+    return (Q * signs.unsqueeze(-2)).contiguous()
+
+
+def complete_basis(Q: Tensor) -> Tensor:
+    """Return an n x n orthonormal matrix that begins with the columns of ``Q``, orthonormalized where they are not.
+
+    The columns that ``Q`` lacks are drawn from torch's default generator; a square ``Q`` draws nothing.
+    """
+    n, k = Q.shape[-2:]
+    if Q.is_meta:
+        return Q.new_empty(*Q.shape[:-1], n)
+    wide = widen(Q)
+    if n == k:
+        return Q.clone() if is_orthonormal(Q) else orthonormalize(wide).to(Q.dtype)
+    rest = torch.randn(*Q.shape[:-1], n - k, dtype=wide.dtype, device=Q.device)
+    return orthonormalize(torch.cat([wide, rest], dim=-1)).to(Q.dtype)

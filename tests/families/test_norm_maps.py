@@ -1,0 +1,82 @@
+"""The maps that normalize: what they promise about their values, and their derivatives against finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from torchkiln.families._maps import norms
+
+
+def free(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_weight_normalize_gives_slices_of_the_lengths_asked_for(dim):
+    V = free((3, 4, 5))
+    g = norms.norm_except(V, dim) * 2 + 1
+    W = norms.weight_normalize(V, g, dim)
+    torch.testing.assert_close(norms.norm_except(W, dim), g)
+    torch.testing.assert_close(W, V * (g / norms.norm_except(V, dim)))
+
+
+def test_weight_normalize_over_the_whole_tensor():
+    V = free((3, 4))
+    W = norms.weight_normalize(V, torch.tensor(2.0, dtype=torch.float64), -1)
+    torch.testing.assert_close(W, 2 * V / V.norm())
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+# torch scripts some of its decompositions when forward mode is first used.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_weight_normalize_differentiates_twice(dim):
+    V = free((3, 4, 2)).requires_grad_()
+    g = (norms.norm_except(V.detach(), dim) + 1).requires_grad_()
+    assert gradcheck(lambda V, g: norms.weight_normalize(V, g, dim), (V, g), check_forward_ad=True)
+    assert gradgradcheck(lambda V, g: norms.weight_normalize(V, g, dim), (V, g))
+
+
+def test_weight_normalize_differentiates_where_a_slice_is_one_number():
+    V, g = free((4,)).requires_grad_(), free((4,)).requires_grad_()
+    assert gradcheck(lambda V, g: norms.weight_normalize(V, g, 0), (V, g))
+    assert gradgradcheck(lambda V, g: norms.weight_normalize(V, g, 0), (V, g))
+
+
+def test_the_kernel_and_the_formula_agree():
+    V, g = free((5, 3)), free((5, 1))
+    under_vmap = torch.func.vmap(lambda V, g: norms.weight_normalize(V, g, 0))(V[None], g[None])[0]
+    torch.testing.assert_close(norms.weight_normalize(V, g, 0), under_vmap)
+    torch.testing.assert_close(norms.weight_normalize(V.requires_grad_(), g, 0), under_vmap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(("shape", "dim"), [((4, 3), 0), ((4, 3), 1), ((2, 3, 4), 1), ((2, 3, 4), 2)])
+def test_power_iteration_finds_the_largest_singular_value(shape, dim, dtype):
+    W = free(shape, dtype)
+    M = norms.as_matrix(W, dim)
+    u, v = (torch.nn.functional.normalize(free((n,), dtype), dim=0) for n in M.shape)
+    u, v = norms.power_iteration(M, u, v, steps=500, eps=1e-12)
+    normalized = norms.as_matrix(norms.spectral_normalize(W, u, v, dim), dim)
+    torch.testing.assert_close(
+        torch.linalg.matrix_norm(normalized, 2), torch.tensor(1.0, dtype=torch.float64)
+    )
+
+
+def test_spectral_normalize_differentiates_with_constant_vectors():
+    u, v = (torch.nn.functional.normalize(free((n,)), dim=0) for n in (4, 3))
+    assert gradcheck(lambda W: norms.spectral_normalize(W, u, v, 0), free((4, 3)).requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_spectral_normalize_rounds_once(dtype):
+    W, u, v = free((4, 3)).to(dtype), free((4,)).to(dtype), free((3,)).to(dtype)
+    wide = norms.spectral_normalize(W.float(), u.float(), v.float(), 0)
+    assert torch.equal(norms.spectral_normalize(W, u, v, 0), wide.to(dtype))
+
+
+def test_as_matrix_keeps_the_order_of_the_other_dimensions():
+    W = torch.arange(24).view(2, 3, 4)
+    assert norms.as_matrix(W, 2)[1].tolist() == W[:, :, 1].flatten().tolist()
