@@ -17,7 +17,16 @@ from torchkiln._core.errors import (
 )
 from torchkiln._core.stack import Stack, stack
 from torchkiln._install import install, installed, uninstall
-from torchkiln.models import Report, bake, baked, load_state_dict, restore, state_dict, summary
+from torchkiln.models import (
+    Report,
+    bake,
+    baked,
+    functional_call,
+    load_state_dict,
+    restore,
+    state_dict,
+    summary,
+)
 
 if TYPE_CHECKING:
     from torchkiln import checkpoint
@@ -37,6 +46,7 @@ __all__ = [
     "bake",
     "baked",
     "checkpoint",
+    "functional_call",
     "install",
     "installed",
     "load_state_dict",

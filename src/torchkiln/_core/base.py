@@ -62,5 +62,7 @@ class Parametrization(nn.Module):
     def extra_repr(self) -> str:
         """Return the constructor's arguments that are not the default."""
         parameters = inspect.signature(type(self)).parameters
-        given = {name: value for name, value in self._arguments().items() if value != parameters[name].default}
+        given = {
+            name: value for name, value in self._arguments().items() if value != parameters[name].default
+        }
         return ", ".join(f"{name}={value!r}" for name, value in given.items())

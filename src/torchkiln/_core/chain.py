@@ -60,6 +60,9 @@ class ParametrizationList(nn.ModuleList):
     # Settings of stack.py, by the steps themselves: the indices change when somebody edits the list.
     _disabled_steps: tuple[nn.Module, ...] = ()
     _step_names: tuple[tuple[str, nn.Module], ...] = ()
+    _stand_in: Tensor | None = (
+        None  # what a functional call has put in the place of the value, see stand_in.py
+    )
 
     def __init__(self, modules: Sequence[nn.Module], original: Tensor, unsafe: bool = False) -> None:
         if len(modules) == 0:
@@ -124,6 +127,8 @@ class ParametrizationList(nn.ModuleList):
             self._announce_change()
         if self._disabled_steps:
             return self._forward_of_enabled()
+        if self._stand_in is not None:
+            return self._stand_in
         original = self._parameters.get("original")
         x: Tensor = steps["0"](*self.originals()) if original is None else steps["0"](original)
         if len(steps) > 1:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchkiln._core.cache import any_scope_open, cached_value, evaluate_once
 from torchkiln._core.chain import ParametrizationList
 from torchkiln._core.spellings.respell import read_every_spelling
+from torchkiln._core.stand_in import SWAP, swap_in, swapped_out
 from torchkiln._core.writes import watched
 
 __all__ = ["base_class", "chain_of", "parametrized_class", "set_names"]
@@ -139,18 +140,25 @@ def _tensor_property(cls: type, name: str) -> _TensorProperty:
             return _plain_attribute(cls, self, name)
         # The flag is a thread's or another's; most reads find it down.
         kept = cached_value(self, name, chain) if any_scope_open.flag else None
-        if kept is not None:
-            return kept
-        value = chain()
+        value = chain() if kept is None else kept
         # A forward does not write into its weights; anyone else may want to (nn.init, reset_parameters).
-        if type(value) is not Tensor or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (caller := sys._getframe(1).f_code).co_name == "forward":
             return value
-        return value if sys._getframe(1).f_code.co_name == "forward" else watched(value, chain, name)
+        if caller is SWAP:
+            return swapped_out(chain, value)
+        return watched(value, chain, name) if kept is None and type(value) is Tensor else value
 
     def write(self: nn.Module, value: Tensor) -> None:
         chain = chain_of(self, name)
         if chain is None:
             self.__dict__[name] = value
+        # Past nn.Module.__setattr__ is who assigned. A chain of torch's knows no stand-in.
+        elif (
+            isinstance(chain, ParametrizationList)
+            and not torch.compiler.is_compiling()
+            and sys._getframe(2).f_code is SWAP
+        ):
+            swap_in(chain, value)
         else:
             chain.right_inverse(value)
 

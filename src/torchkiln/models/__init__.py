@@ -13,12 +13,23 @@ from torchkiln._core.warn import warn
 from torchkiln.models._baked import baked
 from torchkiln.models._check import does_nothing, round_to
 from torchkiln.models._find import Found, Patterns, computed_tensors, select
+from torchkiln.models._functional import functional_call
 from torchkiln.models._report import Report, Row
 from torchkiln.models._settle import Outcome, at_rest, checked_values, commit, outcomes
 from torchkiln.models._state_dict import load_state_dict, state_dict
 from torchkiln.models._ties import replacements, tied_paths
 
-__all__ = ["Report", "Row", "bake", "baked", "load_state_dict", "restore", "state_dict", "summary"]
+__all__ = [
+    "Report",
+    "Row",
+    "bake",
+    "baked",
+    "functional_call",
+    "load_state_dict",
+    "restore",
+    "state_dict",
+    "summary",
+]
 
 
 def bake(
