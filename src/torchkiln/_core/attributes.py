@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["attributes_kept", "carry_over", "parameter_like"]
+__all__ = ["parameter_like"]
 
 
 def parameter_like(data: Tensor, sources: Sequence[Tensor], *, requires_grad: bool) -> nn.Parameter:
@@ -26,29 +25,6 @@ def parameter_like(data: Tensor, sources: Sequence[Tensor], *, requires_grad: bo
     for source in sources:
         vars(parameter).update(_attributes(source))
     return parameter
-
-
-def carry_over(original: Tensor, chain: nn.Module) -> None:
-    """Give the parameters that ``chain`` has made of ``original`` its class and its attributes."""
-    plain = type(original) is nn.Parameter and not vars(original)
-    if plain or not isinstance(original, nn.Parameter):
-        return
-    for name, parameter in chain._parameters.items():
-        if parameter is not None and parameter is not original:
-            chain._parameters[name] = parameter_like(
-                parameter, [original], requires_grad=parameter.requires_grad
-            )
-
-
-@contextmanager
-def attributes_kept(tensor: Tensor | None) -> Iterator[None]:
-    """Keep the attributes of ``tensor`` while its data are exchanged: ``swap_tensors`` takes them along."""
-    attributes = {} if tensor is None else _attributes(tensor)
-    try:
-        yield
-    finally:
-        if tensor is not None and attributes:
-            vars(tensor).update(attributes)
 
 
 def _attributes(tensor: Tensor) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from torchkiln._core.attributes import parameter_like
 from torchkiln._core.checks import check_alike, check_output, initial_inverse, is_opaque
 from torchkiln._core.errors import InverseError, ParametrizationError
 
@@ -321,8 +322,8 @@ def set_data(target: Tensor, source: Tensor) -> None:
     wrapped: bool = is_traceable_wrapper_subclass(target)
     with torch.no_grad():
         if wrapped or torch.__future__.get_swap_module_params_on_conversion():
-            if isinstance(target, nn.Parameter) and not isinstance(source, nn.Parameter):
-                source = nn.Parameter(source, requires_grad=target.requires_grad)
+            if isinstance(target, nn.Parameter):  # the swap takes class and attributes along
+                source = parameter_like(source, [target], requires_grad=target.requires_grad)
             torch.utils.swap_tensors(target, source)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         else:
             target.set_(source)  # type: ignore[call-overload]  # typeshed of torch lacks this overload
@@ -331,5 +332,5 @@ def set_data(target: Tensor, source: Tensor) -> None:
 def _like_original(tensor: Tensor, original: Tensor) -> Tensor:
     """Return ``tensor`` as a parameter or a buffer, requiring grad, as ``original`` is and does."""
     if isinstance(original, nn.Parameter):
-        return nn.Parameter(tensor, original.requires_grad)
+        return parameter_like(tensor, [original], requires_grad=original.requires_grad)
     return tensor.detach().requires_grad_(original.requires_grad)

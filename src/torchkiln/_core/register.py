@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.atomic import all_or_nothing
-from torchkiln._core.attributes import attributes_kept, carry_over
 from torchkiln._core.chain import (
     ParametrizationList,
     chains_of,
@@ -118,13 +117,11 @@ def _begin(
     places = [place, *tied_places(place, [(module._parameters, name)], tied_in)]
     original = _plain_tensor(module, name)
     with ExitStack() as stack:
-        stack.enter_context(attributes_kept(original))
         for one in places:
             stack.enter_context(all_or_nothing(one.module, *([original] if one is place else [])))
         before = {name: original} if isinstance(original, nn.Parameter) else {}
         replacement = Replacement(module, name, label(place, tied_in), before)
         chain = ParametrizationList([step], original, unsafe)
-        carry_over(original, chain)
         for one in places:
             _put_in_place(chain if one is place else _twin(chain), one)
         replacement.after, replacement.after_extra = parameters_of(chain, name)

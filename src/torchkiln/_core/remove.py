@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.atomic import all_or_nothing
-from torchkiln._core.attributes import attributes_kept, parameter_like
+from torchkiln._core.attributes import parameter_like
 from torchkiln._core.chain import (
     chains_of,
     insert_before,
@@ -202,7 +202,7 @@ def settle(module: nn.Module, name: str, value: Tensor, *, keep_object: bool = T
     survivor = surviving_original(chain) if keep_object else None
     if survivor is not None and (survivor.dtype, survivor.device) != (value.dtype, value.device):
         survivor = None
-    with attributes_kept(survivor), all_or_nothing(module, *([] if survivor is None else [survivor])):
+    with all_or_nothing(module, *([] if survivor is None else [survivor])):
         if survivor is None:
             tensor = _new_tensor(value, chain)
         else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.atomic import all_or_nothing
-from torchkiln._core.attributes import attributes_kept, parameter_like
+from torchkiln._core.attributes import parameter_like
 from torchkiln._core.chain import set_data
 from torchkiln._core.optimizers import Optimizers, Replacement, follow
 from torchkiln.models._check import check_finite, check_stored, same
@@ -177,7 +177,6 @@ def commit(
             stack.enter_context(_unchanged_on_error(module))
         for result in results:
             if result.value is not None:
-                stack.enter_context(attributes_kept(result.tensor))
                 stack.enter_context(all_or_nothing(result.fold.module, result.tensor))
                 set_data(result.tensor, result.value)
             result.fold.take_out(result.tensor)
