@@ -211,4 +211,8 @@ def test_progress_counts_to_the_total(tmp_path: Path) -> None:
         tmp_path / "out.pt",
         progress=lambda *call: calls.append(call),
     )
-    assert calls == [(1, 3, "0.weight"), (2, 3, "1.weight"), (3, 3, "2.weight")]
+    done = [call[0] for call in calls]
+    assert {call[1] for call in calls} == {3 * (9 + 3) * 4}  # bytes
+    assert done == sorted(done)
+    assert done[-1] == calls[-1][1]
+    assert [call[2] for call in calls if call[2]] == ["0.weight", "1.weight", "2.weight"]

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
 import safetensors.torch
 import torch
 
 from torchkiln import checkpoint
 from torchkiln._core.errors import CheckpointError, OutputExistsError
 from torchkiln.checkpoint import _atomic
+from torchkiln.checkpoint._bytes import OutputFile
 
 STATE = {"weight_g": torch.ones(3, 1), "weight_v": torch.ones(3, 4)}
 
@@ -103,17 +103,17 @@ def test_report_gives_the_size(source: Path) -> None:
 
 
 class Full:
-    """Stands in for a writer: writes a part, then fails as a full disk does."""
+    """Stands in for a writer: fails at the second write, as a full disk does."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
+        self.calls = 0
 
-    def __call__(self, content: Any, file: Any, **_: Any) -> None:
-        if isinstance(file, Path):
-            file.write_bytes(b"half")
-        else:
-            file.write(b"half")
-        raise self.error
+    def __call__(self, data: Any) -> int:
+        self.calls += 1
+        if self.calls > 1:
+            raise self.error
+        return len(data)
 
 
 FAULTS = [
@@ -122,24 +122,22 @@ FAULTS = [
         "could not be written: No space left on device. Nothing was left",
     ),
     (RuntimeError("unexpected pos\nmore"), "could not be written: unexpected pos. Nothing was left"),
-    (safetensors.SafetensorError("I/O error"), "could not be written: I/O error. Nothing was left"),
+    (MemoryError("no room"), "could not be written: no room. Nothing was left"),
 ]
 
 
-@pytest.mark.parametrize(("error", "text"), FAULTS, ids=["os", "runtime", "safetensors"])
+@pytest.mark.parametrize(("error", "text"), FAULTS, ids=["os", "runtime", "memory"])
 def test_failure_while_writing_leaves_nothing(
     error: Exception, text: str, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "save", Full(error))
-    monkeypatch.setattr(safetensors.torch, "save_file", Full(error))
+    monkeypatch.setattr(OutputFile, "write", Full(error))
     with pytest.raises(CheckpointError, match=text):
         checkpoint.bake(source, source.with_name(f"out{source.suffix}"))
     assert list(source.parent.iterdir()) == [source]
 
 
 def test_interrupt_while_writing_leaves_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "save", Full(KeyboardInterrupt()))
-    monkeypatch.setattr(safetensors.torch, "save_file", Full(KeyboardInterrupt()))
+    monkeypatch.setattr(OutputFile, "write", Full(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         checkpoint.bake(source, source.with_name(f"out{source.suffix}"))
     assert list(source.parent.iterdir()) == [source]
@@ -164,8 +162,7 @@ def test_failure_keeps_the_file_that_was_to_be_replaced(
 ) -> None:
     target = source.with_name(f"out{source.suffix}")
     target.write_bytes(b"precious")
-    monkeypatch.setattr(torch, "save", Full(OSError(28, "full")))
-    monkeypatch.setattr(safetensors.torch, "save_file", Full(OSError(28, "full")))
+    monkeypatch.setattr(OutputFile, "write", Full(OSError(28, "full")))
     with pytest.raises(CheckpointError, match="full"):
         checkpoint.bake(source, target, force=True)
     assert target.read_bytes() == b"precious"

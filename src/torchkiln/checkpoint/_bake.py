@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from torchkiln._core.errors import NothingToFoldError
+from torchkiln._core.spellings.evaluate import Evaluation
 from torchkiln._core.spellings.options import Options
-from torchkiln.checkpoint._atomic import check_target
-from torchkiln.checkpoint._io import Change, CheckpointFile, open_checkpoint, output_container, write_copy
+from torchkiln.checkpoint._bytes import nbytes
+from torchkiln.checkpoint._check import check
+from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Made
+from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import FileReport, Folded, Note
-from torchkiln.checkpoint._scan import Found, refuse_blocked, scan
+from torchkiln.checkpoint._scan import Found, Scan, known_dim, refuse_blocked, scan
+from torchkiln.checkpoint._select import Renaming, check_dtype, picked, plain_changes
+from torchkiln.checkpoint._write import Container, Plan, Progress, plan_copy
 
-__all__ = ["Progress", "as_stored", "bake", "container_notes"]
+__all__ = ["bake", "container_notes"]
 
-Progress = Callable[[int, int, str], None]
+# What a disk of today writes; only the estimate of a dry run needs it.
+_RATE = 1_000_000_000
 
 
 def bake(
@@ -30,25 +35,47 @@ def bake(
     force: bool = False,
     assume: Mapping[str, str] | None = None,
     dims: Mapping[str, int | None] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    container: Container | None = None,
+    max_shard_size: int | None = None,
+    keep_going: bool = False,
+    verify: bool = True,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> FileReport:
     """Write a copy of a checkpoint in which every parametrized tensor is plain.
 
     The values are those that the model computes with in eval mode, to the bit for float32 and float64; smaller
-    dtypes are computed in float32 and rounded once. The new file appears whole or not at all.
+    dtypes are computed in float32 and rounded once. The new file appears whole or not at all. It is streamed: in
+    memory are the tensor being computed and the one being written, however large the file is.
 
     A step without tensors at the end of a chain (a ReLU after a spectral norm) shows only in files that keep the
     module records of ``state_dict()``, as those of ``torch.save`` do and safetensors do not.
 
     Args:
-        source: A safetensors file or a file written by ``torch.save``; it is never modified.
-        target: The new file. The suffix ``.safetensors`` asks for that container.
-        force: Replace an existing target.
+        source: A safetensors file, the index of its shards, a file written by ``torch.save``, or the directory of a
+            ``torch.distributed.checkpoint``; it is never modified.
+        target: The new file or directory. The suffix ``.safetensors`` asks for that container.
+        force: Replace an existing file; a directory is never replaced.
         assume: Name pattern to what the file cannot say: ``"matrix_exp"``, ``"cayley"`` or ``"householder"`` for
             torch's orthogonal, ``"identity"`` to take an original as it is, ``"data"`` to keep keys that only look
             like parts of a parametrization, ``"weight_norm"`` for a gain and a direction that are both vectors.
         dims: Name pattern to the normalized dim, where shapes leave a choice.
-        progress: Called with the number of tensors done, their total, and the name of the last one.
+        include: Name patterns of the parametrized tensors to fold; all of them where none is given.
+        exclude: Name patterns of parametrized tensors to leave as they are.
+        rename: Beginnings of names to what they become, such as ``{"module.": ""}``, for every tensor.
+        dtype: The dtype for every tensor of floats.
+        container: ``"safetensors"``, ``"torch"`` or ``"dcp"`` (the directory of a distributed checkpoint), where the
+            target's name does not say.
+        max_shard_size: Write a directory of safetensors shards with at most so many bytes of tensors each, and
+            their index.
+        keep_going: Leave tensors whose rule is not known as they are, with a warning each, instead of refusing.
+        verify: Recompute every folded tensor in another way before it is written, and compare.
+        dry_run: Write nothing; report what would be written.
+        progress: Called with the bytes of tensors done, their total, and the name of the last one if it was computed.
 
     Returns:
         A row for each tensor: what it was, the keys it was read from, and what was assumed.
@@ -68,79 +95,141 @@ def bake(
         >>> torch.load(folder + "/plain.pt")
         {'weight': tensor([[6., 8.]])}
     """
-    target = Path(target)
-    options = Options(assume, dims)
+    check_dtype(dtype)
+    options, renaming = Options(assume, dims), Renaming(rename)
     with open_checkpoint(source) as file:
-        check_target(target, source=file.path, force=force)
         scanned = scan(file, options)
-        refuse_blocked(scanned, str(source))
+        chosen, left = picked(scanned.found, include, exclude, where=str(source))
+        if keep_going:
+            left += [found for found in chosen if found.blocked]
+            chosen = [found for found in chosen if not found.blocked]
+        refuse_blocked(chosen, str(source))
         options.check_used(str(source))
-        if not scanned.found:
-            raise NothingToFoldError(f"{source}: every tensor is plain already; nothing was written.")
-        folding = _Folding(total=len(scanned.found), progress=progress)
-        changes = [folding.change(found) for found in scanned.found]
-        notes = (*scanned.notes, *container_notes(file, target))
-        size = write_copy(file, changes, target, force=force)
-    kept = len(file.entries) - sum(len(found.keys) for found in scanned.found)
-    return FileReport(str(source), str(target), tuple(folding.rows), kept, (*notes, *folding.notes), size)
+        if not chosen:
+            raise NothingToFoldError(_nothing(source, left))
+        folding = _Folding(renaming, dtype, verify=verify)
+        changes = [folding.change(found) for found in chosen]
+        changes += plain_changes(file, _unfolded(scanned, left), rename=renaming, dtype=dtype)
+        for group in file.groups:
+            renaming.check(group, [change for change in changes if change.group is group])
+        renaming.check_used(str(source))
+        plan = plan_copy(file, changes, Path(target), container=container, max_shard_size=max_shard_size)
+        plan.check_target(force=force)
+        size = plan.size if dry_run else plan.write(force=force, progress=progress)
+        rows = tuple(folding.row(found) for found in chosen)
+        notes = [*scanned.notes, *container_notes(file, plan), *_left(left)]
+        notes += [*_casts(changes, dtype), *folding.warnings(chosen), *(_planned(plan) if dry_run else ())]
+        kept = len(file.entries) - sum(len(found.keys) for found in chosen)
+    return FileReport(str(source), str(target), rows, kept, tuple(notes), size)
 
 
-def container_notes(file: CheckpointFile, target: Path) -> tuple[Note, ...]:
+def _nothing(source: object, left: Sequence[Found]) -> str:
+    if left:
+        return f"{source}: none of its {len(left)} parametrized tensors is to be folded; nothing was written."
+    return f"{source}: every tensor is plain already; nothing was written."
+
+
+def _unfolded(scanned: Scan, left: Sequence[Found]) -> dict[Group, list[str]]:
+    """Return the keys that are not folded, by group."""
+    keys = {group: list(plain) for group, plain in scanned.plain.items()}
+    for found in left:
+        keys[found.group] += found.keys
+    return keys
+
+
+def _left(left: Sequence[Found]) -> list[Note]:
+    return [
+        Note("warning", found.name, f"not folded: {found.blocked}")
+        if found.blocked
+        else Note("info", found.name, f"{found.name}: {found.item.spelling} is left as it is")
+        for found in left
+    ]
+
+
+def _casts(changes: Sequence[Change], dtype: torch.dtype | None) -> list[Note]:
+    if dtype is None:
+        return []
+    outputs = [output for change in changes for output in change.outputs.values()]
+    count = sum(isinstance(output, Made) and output.entry.dtype == dtype for output in outputs)
+    return [Note("info", "", f"{count} tensors are cast to {_name(dtype)}, or computed and rounded to it")]
+
+
+def _planned(plan: Plan) -> list[Note]:
+    """Return what a dry run says of the work."""
+    most = max((nbytes(piece.entry) for piece in plan.sink.pieces if isinstance(piece, Made)), default=0)
+    text = (
+        f"dry run: nothing was written. It would copy {plan.copied:,} bytes, compute {plan.computed:,} bytes, "
+        f"and take about {plan.size / _RATE:.0f} s at {_RATE / 1e9:g} GB/s and "
+        f"{4 * most / 1e6 + 300:,.0f} MB of memory at most"
+    )
+    return [Note("info", "", text)]
+
+
+def container_notes(file: CheckpointFile, plan: Plan) -> tuple[Note, ...]:
     """Return what a change of container does not carry over."""
-    if file.metadata and output_container(target, file) != "safetensors":
-        return (Note("info", "", "the safetensors metadata has no place in a torch file and is left out"),)
+    if file.metadata and plan.container != "safetensors":
+        kind = "torch file" if plan.container == "torch" else "distributed checkpoint"
+        return (Note("info", "", f"the safetensors metadata has no place in a {kind} and is left out"),)
     return ()
-
-
-def as_stored(value: Tensor, originals: Sequence[Tensor]) -> Tensor:
-    """Return a tensor as a parameter if what it was made from are parameters, as it is otherwise."""
-    parameters = [tensor for tensor in originals if isinstance(tensor, Parameter)]
-    if not parameters:
-        return value
-    return Parameter(value, requires_grad=any(parameter.requires_grad for parameter in parameters))
 
 
 @dataclass
 class _Folding:
-    """Computes tensors when the writer asks for them, and keeps the rows."""
+    """Computes tensors when the writer asks for them, and remembers what there is to say of each."""
 
-    total: int
-    progress: Progress | None
-    rows: list[Folded] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
-    _shared: dict[Hashable, Tensor] = field(default_factory=dict)
+    rename: Renaming
+    dtype: torch.dtype | None
+    verify: bool
+    _said: dict[Hashable, Evaluation] = field(default_factory=dict)
 
     def change(self, found: Found) -> Change:
-        return Change(found.group, found.keys, lambda: self._make(found), before=found.labels)
-
-    def _make(self, found: Found) -> dict[str, Tensor]:
         item = found.item
-        result = found.evaluate(item)
-        dtype = item.entry.dtype
-        notes = (
-            ()
-            if result.tensor.dtype == dtype
-            else (f"computed in {_name(result.tensor.dtype)}, rounded once",)
-        )
-        self.notes += [Note("warning", found.name, text) for text in result.warnings]
-        self.rows.append(
-            Folded(
-                name=found.name,
-                spelling=item.spelling,
-                shape=item.entry.shape,
-                dtype=_name(dtype),
-                keys=found.keys,
-                written=(item.name,),
-                dim=result.dim,
-                assumptions=tuple(result.assumptions),
-                notes=notes,
-            )
-        )
-        if self.progress is not None:
-            self.progress(len(self.rows), self.total, found.name)
         # Tensors tied before are tied after: the same memory in, the same memory out.
-        value = self._shared.setdefault(found.evaluate.identity(item), result.tensor.to(dtype))
-        return {item.name: as_stored(value, [found.read(key) for key in found.keys])}
+        made = Made(
+            Entry(item.entry.shape, self._dtype(found)),
+            lambda: self._make(found),
+            like=found.keys,
+            memory=found.evaluate.identity(item),
+            name=found.name,
+        )
+        return Change(found.group, found.keys, {self.rename(item.name): made}, before=found.labels)
+
+    def _dtype(self, found: Found) -> torch.dtype:
+        own = found.item.entry.dtype
+        return self.dtype if self.dtype is not None and own.is_floating_point else own
+
+    def _make(self, found: Found) -> Tensor:
+        result = found.evaluate(found.item)
+        value = result.tensor.to(self._dtype(found)).contiguous()
+        if self.verify:
+            check(found, value, result)
+        found.forget()
+        # What is said of a tensor is kept, its values are not.
+        result.tensor = torch.empty(0, dtype=result.tensor.dtype)
+        self._said[found.evaluate.identity(found.item)] = result
+        return value
+
+    def row(self, found: Found) -> Folded:
+        """Return the report's row of a tensor, from names and shapes alone where it was not computed."""
+        item, dtype = found.item, self._dtype(found)
+        said = self._said.get(found.evaluate.identity(item))
+        computed = said.tensor.dtype if said else dtype
+        return Folded(
+            name=found.name,
+            spelling=item.spelling,
+            shape=item.entry.shape,
+            dtype=_name(dtype),
+            keys=found.keys,
+            written=(self.rename(item.name),),
+            dim=said.dim if said else known_dim(found),
+            assumptions=tuple(said.assumptions) if said else item.assumptions,
+            notes=() if computed == dtype else (f"computed in {_name(computed)}, rounded once",),
+        )
+
+    def warnings(self, found: Sequence[Found]) -> list[Note]:
+        """Return what is wrong with the values that were computed."""
+        said = [(one, self._said.get(one.evaluate.identity(one.item))) for one in found]
+        return [Note("warning", one.name, text) for one, result in said if result for text in result.warnings]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -13,17 +15,15 @@ from torch import Tensor
 from torchkiln._core.errors import CheckpointError, NothingToFoldError
 from torchkiln._core.spellings.options import Options, Patterns
 from torchkiln._core.spellings.spelled import Norm, Style, norm_keys
-from torchkiln.checkpoint._atomic import check_target
-from torchkiln.checkpoint._bake import Progress, bake, container_notes
-from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Label, open_checkpoint, write_copy
+from torchkiln.checkpoint._bake import bake, container_notes
+from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Kept, Label, Made
+from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import FileReport, Folded, Note
 from torchkiln.checkpoint._scan import Found, Scan, scan
 from torchkiln.checkpoint._split import split
+from torchkiln.checkpoint._write import Progress, plan_copy
 
 __all__ = ["convert"]
-
-# The tensors to write for one tensor, and notes on them.
-Made = tuple[tuple[Tensor, ...], tuple[str, ...]]
 
 
 def convert(
@@ -54,7 +54,7 @@ def convert(
         spectral_norm: The same for spectral norm.
         assume: As for :func:`bake`.
         dims: Name pattern to normalized dim, of plain tensors too; 0 where none is given.
-        progress: Called with the number of tensors done, their total, and the name of the last one.
+        progress: As for :func:`bake`.
 
     Returns:
         A row for each tensor rewritten.
@@ -85,73 +85,50 @@ def convert(
         return bake(source, target, force=force, assume=assume, dims=dims, progress=progress)
     if to not in ("legacy", "torch"):
         raise CheckpointError(f'to: expected "torch", "legacy" or "plain", got {to!r}.')
-    target = Path(target)
     with open_checkpoint(source) as file:
-        check_target(target, source=file.path, force=force)
         options = Options(assume, dims)
         scanned = scan(file, options)
         jobs = [*_renamings(scanned, to), *_splittings(file, scanned, to, norms, options)]
         _check(jobs, source=str(source), to=to, norms=norms, options=options)
-        rows = _Rows(len(jobs), progress)
-        changes = [rows.change(job) for job in jobs]
-        notes = (*scanned.notes, *_kept(scanned, to), *container_notes(file, target))
-        size = write_copy(file, changes, target, force=force)
-    kept = len(file.entries) - sum(len(job.keys) for job in jobs)
-    return FileReport(str(source), str(target), tuple(rows.rows), kept, notes, size)
+        plan = plan_copy(file, [job.change() for job in jobs], Path(target))
+        plan.check_target(force=force)
+        size = plan.write(force=force, progress=progress)
+        notes = (*scanned.notes, *_kept(scanned, to), *container_notes(file, plan))
+        kept = len(file.entries) - sum(len(job.keys) for job in jobs)
+    return FileReport(str(source), str(target), tuple(job.row() for job in jobs), kept, notes, size)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One tensor to rewrite: the keys it has, those it gets, how their values are made, and from which memory."""
+    """One tensor to rewrite: the keys it has, what takes their place, and what there is to say of it."""
 
     group: Group
     name: str
     spelling: str
     entry: Entry
     keys: tuple[str, ...]
-    written: tuple[str, ...]
-    make: Callable[[], Made]
-    memory: Hashable
+    outputs: Mapping[str, Kept | Made]
     before: tuple[Label, ...]
     after: tuple[Label, ...]
     dim: int | None = None
     assumptions: tuple[str, ...] = ()
+    notes: Callable[[], tuple[str, ...]] = tuple
 
+    def change(self) -> Change:
+        return Change(self.group, self.keys, self.outputs, before=self.before, after=self.after)
 
-class _Rows:
-    """Collects report rows as the writer asks for tensors."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._total, self._progress = total, progress
-        self.rows: list[Folded] = []
-        self._shared: dict[Hashable, Made] = {}
-
-    def change(self, job: _Job) -> Change:
-        return Change(job.group, job.keys, lambda: self._make(job), before=job.before, after=job.after)
-
-    def _make(self, job: _Job) -> dict[str, Tensor]:
-        # Tensors tied before are tied after: the same memory in, the same memory out.
-        if job.memory not in self._shared:
-            self._shared[job.memory] = job.make()
-        tensors, notes = self._shared[job.memory]
-        name = job.group.full_name(job.name)
-        dtype = str(job.entry.dtype).removeprefix("torch.")
-        self.rows.append(
-            Folded(
-                name,
-                job.spelling,
-                job.entry.shape,
-                dtype,
-                job.keys,
-                job.written,
-                job.dim,
-                job.assumptions,
-                notes,
-            )
+    def row(self) -> Folded:
+        return Folded(
+            self.group.full_name(self.name),
+            self.spelling,
+            self.entry.shape,
+            str(self.entry.dtype).removeprefix("torch."),
+            self.keys,
+            tuple(self.outputs),
+            self.dim,
+            self.assumptions,
+            self.notes(),
         )
-        if self._progress is not None:
-            self._progress(len(self.rows), self._total, name)
-        return dict(zip(job.written, tensors, strict=True))
 
 
 # Renaming -------------------------------------------------------------------------------------------------------------
@@ -174,23 +151,18 @@ def _renamings(scanned: Scan, to: Style) -> Iterator[_Job]:
         ):
             continue
         (label,) = found.labels
+        keys = norm_keys(found.item.name, to, norm)
         yield _Job(
             group=found.group,
             name=found.item.name,
             spelling=found.item.spelling,
             entry=found.item.entry,
             keys=found.keys,
-            written=norm_keys(found.item.name, to, norm),
-            make=_reading(found),
-            memory=found.evaluate.identity(found.item),
+            outputs=dict(zip(keys, map(Kept, found.item.inputs), strict=True)),
             before=found.labels,
             after=(Label(label.prefix, label.tensor, to, norm),),
             assumptions=found.item.assumptions,
         )
-
-
-def _reading(found: Found) -> Callable[[], Made]:
-    return lambda: (tuple(found.read(key) for key in found.item.inputs), ())
 
 
 def _kept(scanned: Scan, to: Style) -> Iterator[Note]:
@@ -237,20 +209,66 @@ def _splitting(
     entry = group.entries[key]
     dim, assumptions = _chosen_dim(key, entry, norm, options)
     prefix, dot, tensor = key.rpartition(".")
+    halves = _Halves(file, group, key, norm=norm, dim=dim)
     return _Job(
         group=group,
         name=key,
         spelling="plain",
         entry=entry,
         keys=(key,),
-        written=norm_keys(key, to, norm),
-        memory=(file.identity(group, key), norm, dim),
-        make=lambda: split(file.read(group, key), dim, norm=norm, name=group.full_name(key)),
+        outputs=halves.outputs(norm_keys(key, to, norm)),
         before=(),
         after=(Label(prefix + dot, tensor, to, norm),),
         dim=dim,
         assumptions=assumptions,
+        notes=halves.notes,
     )
+
+
+class _Halves:
+    """What one plain tensor is split into: computed once, at the first of the parts, and gone with the last."""
+
+    def __init__(self, file: CheckpointFile, group: Group, key: str, *, norm: Norm, dim: int | None) -> None:
+        self._file, self._group, self._key, self._norm, self._dim = file, group, key, norm, dim
+        self._parts: dict[int, Tensor] = {}
+        self._notes: tuple[str, ...] = ()
+
+    def outputs(self, keys: tuple[str, ...]) -> dict[str, Kept | Made]:
+        shapes = self._shapes()
+        memory = (self._file.identity(self._group, self._key), self._norm, self._dim)
+        dtype = self._group.entries[self._key].dtype
+        like = (self._key,) if self._norm == "weight_norm" else ()
+        made = [
+            Made(
+                Entry(shape, dtype),
+                partial(self._part, index),
+                like=like,
+                memory=(*memory, index),
+                name=self._key,
+            )
+            for index, shape in enumerate(shapes)
+        ]
+        kept = [Kept(self._key)] if self._norm == "spectral_norm" else []
+        return dict(zip(keys, [*kept, *made], strict=True))
+
+    def notes(self) -> tuple[str, ...]:
+        return self._notes
+
+    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        shape = self._group.entries[self._key].shape
+        if self._norm == "weight_norm":
+            ones = tuple(size if dim == self._dim else 1 for dim, size in enumerate(shape))
+            return (() if self._dim is None else ones), shape
+        assert self._dim is not None
+        return (shape[self._dim],), (prod(shape) // shape[self._dim],)
+
+    def _part(self, index: int) -> Tensor:
+        if index not in self._parts:
+            name = self._group.full_name(self._key)
+            stored = self._file.read(self._group, self._key)
+            parts, self._notes = split(stored, self._dim, norm=self._norm, name=name)
+            self._parts = dict(enumerate(parts))
+        return self._parts.pop(index).detach().contiguous()
 
 
 def _chosen_dim(key: str, entry: Entry, norm: Norm, options: Options) -> tuple[int | None, tuple[str, ...]]:
@@ -281,7 +299,7 @@ def _check(
             "Plain tensors need weight_norm or spectral_norm patterns."
         )
     for job in jobs:
-        taken = set(job.group.entries).difference(job.keys).intersection(job.written)
+        taken = set(job.group.entries).difference(job.keys).intersection(job.outputs)
         if taken:
             raise CheckpointError(
                 f"{source}: {job.name} would be written to {min(taken)}, which is there already."

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from torchkiln._core.errors import CheckpointError
 from torchkiln._core.spellings.options import Options
-from torchkiln.checkpoint._io import open_checkpoint
+from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import Inspection, Note, Parametrized
-from torchkiln.checkpoint._scan import Found, scan
+from torchkiln.checkpoint._scan import Found, known_dim, scan
 
 __all__ = ["inspect"]
 
@@ -43,6 +43,7 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> Inspection:
         notes = list(scanned.notes)
         for found in scanned.found:
             row, said = _look(found, deep=deep)
+            found.forget()
             rows.append(row)
             notes += said
         if not rows:
@@ -50,7 +51,7 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> Inspection:
         return Inspection(
             path=str(path),
             container=file.container,
-            size_bytes=file.path.stat().st_size,
+            size_bytes=file.size,
             metadata=file.metadata,
             tensors=len(file.entries),
             dtypes=dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in file.entries)),
@@ -82,13 +83,7 @@ def _look(found: Found, *, deep: bool) -> tuple[Parametrized, list[Note]]:
 
 def _from_names(found: Found) -> tuple[int | None, tuple[str, ...], str]:
     """The dim, the assumptions and the obstacle that names and shapes give."""
-    return _dim(found), (*found.item.assumptions, *_open_questions(found)), found.blocked
-
-
-def _dim(found: Found) -> int | None:
-    choices = [step.dims for step in found.item.steps if step.dims]
-    settled = choices and (len(choices[-1]) == 1 or found.item.steps[0].kind == "weight_norm")
-    return choices[-1][0] if settled else None
+    return known_dim(found), (*found.item.assumptions, *_open_questions(found)), found.blocked
 
 
 def _open_questions(found: Found) -> Iterator[str]:

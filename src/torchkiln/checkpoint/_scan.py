@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,7 +15,29 @@ from torchkiln._core.spellings.spelled import Spelled
 from torchkiln.checkpoint._io import CheckpointFile, Group, Label
 from torchkiln.checkpoint._report import Note
 
-__all__ = ["Found", "Scan", "refuse_blocked", "scan"]
+__all__ = ["Found", "Recent", "Scan", "known_dim", "refuse_blocked", "scan"]
+
+
+class Recent:
+    """A file whose tensors stay in memory until they are forgotten: what checks a tensor reads what made it."""
+
+    def __init__(self, file: CheckpointFile) -> None:
+        self._file = file
+        self._kept: dict[tuple[Group, str], Tensor] = {}
+
+    def read(self, group: Group, key: str) -> Tensor:
+        """Return one tensor; reading it again gives the same memory."""
+        if (group, key) not in self._kept:
+            self._kept[group, key] = self._file.read(group, key)
+        return self._kept[group, key]
+
+    def identity(self, group: Group, key: str) -> Hashable:
+        """Return a value that is equal for two keys exactly when they hold the same memory."""
+        return self._file.identity(group, key)
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._kept.clear()
 
 
 @dataclass(frozen=True)
@@ -28,11 +50,15 @@ class Found:
     parts: tuple[Spelled, ...]
     evaluate: Evaluator
     exact: Evaluator
-    file: CheckpointFile
+    recent: Recent
 
     def read(self, key: str) -> Tensor:
         """Return one tensor of its group."""
-        return self.file.read(self.group, key)
+        return self.recent.read(self.group, key)
+
+    def forget(self) -> None:
+        """Give back the memory of everything that was read."""
+        self.recent.forget()
 
     @property
     def name(self) -> str:
@@ -78,10 +104,11 @@ def scan(file: CheckpointFile, options: Options) -> Scan:
     found: list[Found] = []
     plain: dict[Group, tuple[str, ...]] = {}
     notes = [Note("info", "", remark) for remark in file.remarks]
+    recent = Recent(file)
     for group in file.groups:
         local = options.within(group.path)
         recognised = recognise(group, local)
-        mine = list(_found(file, group, recognised, local))
+        mine = list(_found(recent, group, recognised, local))
         taken = {key for one in mine for key in one.keys}
         plain[group] = tuple(key for key in group.entries if key not in taken)
         found += mine
@@ -89,29 +116,36 @@ def scan(file: CheckpointFile, options: Options) -> Scan:
     return Scan(tuple(found), plain, tuple(notes))
 
 
-def _found(file: CheckpointFile, group: Group, found: Recognised, options: Options) -> Iterator[Found]:
+def _found(recent: Recent, group: Group, found: Recognised, options: Options) -> Iterator[Found]:
     place = {key: index for index, key in enumerate(group.entries)}
-    evaluate = Evaluator(file, group, found=found, options=options)
-    exact = Evaluator(file, group, found=found, options=options, exact=True)
+    evaluate = Evaluator(recent, group, found=found, options=options, fresh=True)
+    exact = Evaluator(recent, group, found=found, options=options, exact=True, fresh=True)
     items = [(found.leaves(item), item) for item in found.outermost]
     for keys, item in sorted(items, key=lambda pair: min(place[key] for key in pair[0])):
         for step in item.steps:
             evaluate.choice(step, item)
         ordered = tuple(sorted(keys, key=place.__getitem__))
-        yield Found(group, item, ordered, tuple(found.parts(item)), evaluate, exact, file)
+        yield Found(group, item, ordered, tuple(found.parts(item)), evaluate, exact, recent)
 
 
-def refuse_blocked(scanned: Scan, where: str) -> None:
+def known_dim(found: Found) -> int | None:
+    """Return the normalized dim where names and shapes settle it."""
+    choices = [step.dims for step in found.item.steps if step.dims]
+    settled = choices and (len(choices[-1]) == 1 or found.item.steps[0].kind == "weight_norm")
+    return choices[-1][0] if settled else None
+
+
+def refuse_blocked(found: Sequence[Found], where: str) -> None:
     """Raise if a tensor cannot be folded.
 
     Args:
-        scanned: What was found.
+        found: The tensors.
         where: The file, for the message.
 
     Raises:
         CheckpointError: Names the first such tensor, why, what to pass, and how many more there are.
     """
-    blocked = [text for found in scanned.found if (text := found.blocked)]
+    blocked = [text for one in found if (text := one.blocked)]
     if blocked:
         more = f"\n{len(blocked) - 1} more like it; run inspect for all." if len(blocked) > 1 else ""
         raise CheckpointError(f"{where}: {blocked[0]}{more}")

@@ -8,7 +8,6 @@ from torch import Tensor
 from torchkiln._core.errors import CheckpointError
 from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.spelled import Norm
-from torchkiln.checkpoint._bake import as_stored
 
 __all__ = ["split"]
 
@@ -19,8 +18,8 @@ def split(
 ) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
     """Return the tensors of a norm, in the dtype given, and what there is to say about them.
 
-    Weight norm gives g and v whose fold is the tensor; spectral norm gives the tensor with its first singular
-    vectors, which a power iteration would converge to.
+    Weight norm gives g and v whose fold is the tensor; spectral norm gives the first singular vectors to keep beside
+    the tensor, which a power iteration would converge to.
 
     Args:
         stored: The plain tensor.
@@ -45,7 +44,7 @@ def _gain(stored: Tensor, W: Tensor, dim: int | None) -> tuple[tuple[Tensor, ...
     back = fold.weight_norm(g.to(W.dtype), v.to(W.dtype), dim).to(stored.dtype)
     change = float((back.double() - stored.detach().double()).abs().max())
     notes = (f"rounding to {stored.dtype} moves values by up to {change:.3g}",) if change else ()
-    return tuple(as_stored(part, [stored]) for part in (g, v)), notes
+    return (g, v), notes
 
 
 def _singular(
@@ -55,4 +54,4 @@ def _singular(
     if not sigma > 0:
         raise CheckpointError(f"{name}: is all zero, and so has no spectral norm.")
     notes = (f"reads as the stored value divided by {sigma:.6g}, its largest singular value",)
-    return (stored, u.to(stored.dtype), v.to(stored.dtype)), notes
+    return (u.to(stored.dtype), v.to(stored.dtype)), notes

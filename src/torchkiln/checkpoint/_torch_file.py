@@ -1,66 +1,106 @@
-"""Reading files of torch.save: weights only, mapped from disk, state dicts found wherever they lie."""
+"""Reading files of torch.save: weights only, structure first, state dicts found wherever they lie."""
 
 from __future__ import annotations
 
 import re
-import zipfile
-from collections.abc import Hashable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+import sys
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from torchkiln._core.errors import CheckpointError
 from torchkiln._core.spellings.versions import relabel
-from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, replaced
+from torchkiln.checkpoint._bytes import InputFile, nbytes
+from torchkiln.checkpoint._io import (
+    Change,
+    CheckpointFile,
+    Content,
+    Entry,
+    Extent,
+    Group,
+    Kept,
+    Made,
+    as_stored,
+    placeholder,
+    replaced,
+)
+from torchkiln.checkpoint._safetensors_sink import gathered
+from torchkiln.checkpoint._torch_archive import read_archive
 
 __all__ = ["open_torch"]
 
 Store = MutableMapping[Any, Any]
 
 
-@contextmanager
-def open_torch(path: Path, *, container: str) -> Iterator[CheckpointFile]:
+def open_torch(path: Path, *, container: str) -> CheckpointFile:
     """Open a file written by ``torch.save``, never running code from it.
 
     Args:
         path: The file.
-        container: ``"torch zip"``, or ``"torch legacy"`` for files from before torch 1.6.
+        container: ``"torch zip"``, or ``"torch legacy"`` for files from before torch 1.6, which are read whole.
 
     Raises:
         CheckpointError: The file is damaged, is not from ``torch.save``, or needs code to load.
     """
-    if container == "torch zip":
-        _check_archive(path)
-    yield _TorchFile(path, container, _load(path, container=container))
-
-
-def _check_archive(path: Path) -> None:
+    file = InputFile(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path}: truncated or corrupt zip file ({error}).") from error
-    if "constants.pkl" in names:
-        raise CheckpointError(
-            f"{path}: is a TorchScript archive, which holds code.\n"
-            "Load it with torch.jit.load and save its state_dict()."
-        )
-    if "data.pkl" not in names:
-        raise CheckpointError(f"{path}: a zip file, but not one that torch.save wrote: it has no data.pkl.")
+        records = read_archive(path, file) if container == "torch zip" else {}
+        content, extents = _load(path, records)
+        return _TorchFile(path, container, file=file, content=content, extents=extents)
+    except BaseException:
+        file.close()
+        raise
 
 
-def _load(path: Path, *, container: str) -> Any:
-    # torch.load takes this suffix for the container, whatever the file is, unless it gets a stream.
-    misnamed = path.suffix == ".safetensors"
-    mapped = container == "torch zip" and not misnamed
+def _load(path: Path, records: Mapping[str, Extent]) -> tuple[Any, dict[int, Extent]]:
+    """Return what the file holds, its tensors without memory where possible, and their bytes by offset."""
+    extents = {extent.offset: extent for name, extent in records.items() if name.startswith("data/")}
+    if records and _is_native(records):
+        try:
+            content = _torch_load(path, device="meta")
+        except NotImplementedError:
+            pass  # torch knows kinds of tensors, quantized ones among them, that cannot be without memory
+        else:
+            if _all_located(content, extents):
+                return content, extents
     try:
-        with path.open("rb") if misnamed else nullcontext(path) as file:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        return _torch_load(path, device="cpu"), {}
+    except NotImplementedError as error:
+        raise CheckpointError(_refusal(path, str(error))) from error
+
+
+def _is_native(records: Mapping[str, Extent]) -> bool:
+    order = records.get("byteorder")
+    return sys.byteorder.encode() == (
+        order.file.read(order.offset, min(order.length, 9)) if order else b"little"
+    )
+
+
+def _torch_load(path: Path, *, device: str) -> Any:
+    try:
+        # A stream, because torch.load takes a suffix for the container, whatever the file is.
+        with path.open("rb") as file:
+            return torch.load(file, map_location=device, weights_only=True)
+    except NotImplementedError:
+        raise
     except Exception as error:  # damaged files end in a dozen types, none of them documented
         raise CheckpointError(_refusal(path, str(error))) from error
+
+
+def _all_located(content: Any, extents: Mapping[int, Extent]) -> bool:
+    """Tell whether every tensor is one whose bytes are those of a record; torch computes offsets by its own rule."""
+    for tensor in _Walk(content).tensors:
+        if tensor.layout != torch.strided or tensor.is_quantized or type(tensor) not in (Tensor, Parameter):
+            return False
+        storage = tensor.untyped_storage()
+        extent = extents.get(getattr(storage, "_checkpoint_offset", None) or -1)
+        if extent is None or storage.nbytes() > extent.length:
+            return False
+    return True
 
 
 _BLOCKED = re.compile(
@@ -85,36 +125,70 @@ def _refusal(path: Path, message: str) -> str:
 
 
 class _TorchFile(CheckpointFile):
-    def __init__(self, path: Path, container: str, content: Any) -> None:
+    def __init__(
+        self, path: Path, container: str, *, file: InputFile, content: Any, extents: Mapping[int, Extent]
+    ) -> None:
         self.path = path
         self.container = container
         self.metadata = {}
-        self._content = content
+        self.inputs = (file,)
+        self._content, self._held = content, Content()
+        self._held.stored_at(extents)
         walk = _Walk(content)
         self._mappings = {_group(where, mapping): mapping for where, mapping in walk.mappings}
+        # The content changes when it is rewritten; what is computed from it is read after that.
+        self._tensors = {
+            group: {key: mapping[key] for key in group.entries} for group, mapping in self._mappings.items()
+        }
         self.groups = tuple(self._mappings)
         self.loose = tuple(walk.loose)
-        self.remarks = tuple(_remarks(container, walk))
+        in_memory = container == "torch zip" and not all(tensor.is_meta for tensor in walk.tensors)
+        self.remarks = tuple(_remarks(container, walk, in_memory=in_memory))
 
     def read(self, group: Group, key: str) -> Tensor:
-        tensor: Tensor = self._mappings[group][key]
-        return tensor
+        tensor: Tensor = self._tensors[group][key]
+        if not tensor.is_meta:
+            return tensor
+        if nbytes(_entry(tensor)) > max(64 * tensor.untyped_storage().nbytes(), 1 << 24):
+            raise CheckpointError(f"{self.path}: {key}: its few bytes are said to be {tuple(tensor.shape)}.")
+        extent = cast(Extent, self._held.piece(tensor.untyped_storage()))
+        return as_stored(gathered(tensor.detach(), extent), [tensor])
+
+    def extent(self, group: Group, key: str) -> Extent | None:
+        tensor = self._tensors[group][key]
+        if not tensor.is_meta or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+            return None
+        extent = cast(Extent, self._held.piece(tensor.untyped_storage()))
+        return extent.part(tensor.storage_offset() * tensor.element_size(), nbytes(_entry(tensor)))
 
     def identity(self, group: Group, key: str) -> Hashable:
-        tensor = self.read(group, key)
-        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        tensor = self._tensors[group][key]
+        storage = tensor.untyped_storage()
+        where = storage._checkpoint_offset if tensor.is_meta else storage.data_ptr()
+        return where, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
-    def changed(self, changes: Sequence[Change]) -> Any:
-        """Change the mappings in place, which keeps whatever else refers to them, and return the whole."""
+    def changed(self, changes: Sequence[Change]) -> Content:
+        """Change the mappings in place, which keeps whatever else refers to them."""
         for group in self.groups:
             mine = [change for change in changes if change.group is group]
             if mine:
-                _rewrite(self._mappings[group], mine)
-        return self._content
+                self._rewrite(group, mine)
+        self._held.root = self._content
+        return self._held
+
+    def _rewrite(self, group: Group, changes: Sequence[Change]) -> None:
+        tensors = self._tensors[group]
+
+        def stand_in(output: Kept | Made) -> Tensor:
+            if isinstance(output, Kept):
+                return tensors[output.key]
+            tensor = self._held.hold(placeholder(output.entry), output)
+            return as_stored(tensor, [tensors[key] for key in output.like])
+
+        _rewrite(self._mappings[group], replaced(self._mappings[group], changes, stand_in), changes)
 
 
-def _rewrite(mapping: Store, changes: Sequence[Change]) -> None:
-    items = replaced(mapping, changes)
+def _rewrite(mapping: Store, items: Mapping[Any, Any], changes: Sequence[Change]) -> None:
     mapping.clear()
     mapping.update(items)
     records = getattr(mapping, "_metadata", None)
@@ -129,6 +203,7 @@ class _Walk:
     def __init__(self, content: Any) -> None:
         self.mappings: list[tuple[tuple[str, ...], Store]] = []
         self.loose: list[Entry] = []
+        self.tensors: list[Tensor] = []
         self.has_optimizer = False
         seen: set[int] = set()
         # A stack of its own: a file can nest deeper than Python recurses.
@@ -137,6 +212,7 @@ class _Walk:
             node, path = pending.pop()
             if isinstance(node, Tensor):
                 self.loose.append(_entry(node))
+                self.tensors.append(node)
             elif id(node) not in seen:
                 seen.add(id(node))
                 pending += [(child, (*path, str(key))) for key, child in reversed(self._open(node, path))]
@@ -149,6 +225,7 @@ class _Walk:
             return []
         if _entries(node):
             self.mappings.append((path, node))
+            self.tensors += [child for key, child in node.items() if _is_named_tensor(key, child)]
         self.has_optimizer |= {"state", "param_groups"} <= node.keys()
         return [(key, child) for key, child in node.items() if not _is_named_tensor(key, child)]
 
@@ -171,8 +248,10 @@ def _group(where: tuple[str, ...], mapping: Store) -> Group:
     return Group(where, _entries(mapping), modules)
 
 
-def _remarks(container: str, walk: _Walk) -> Iterator[str]:
+def _remarks(container: str, walk: _Walk, *, in_memory: bool) -> Iterator[str]:
     if container == "torch legacy":
         yield "written by a torch before 1.6; torch files are written in today's zip format"
+    if in_memory:
+        yield "read whole into memory: it has tensors whose bytes are not simply those in the file"
     if walk.has_optimizer:
         yield "optimizer state is kept as it is, and belongs to the parametrized tensors"

@@ -7,21 +7,18 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError, NothingToFoldError
-from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.options import Options
-from torchkiln.checkpoint._bake import Progress
-from torchkiln.checkpoint._io import CheckpointFile, Entry, Group, open_checkpoint
+from torchkiln.checkpoint._check import beyond, errors
+from torchkiln.checkpoint._io import CheckpointFile, Entry, Group
+from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import Checked, Note, Verification
 from torchkiln.checkpoint._scan import Found, Scan, refuse_blocked, scan
+from torchkiln.checkpoint._write import Progress
 
 __all__ = ["verify"]
-
-# Rounding of a sum of products in the dtype it is computed in, relative to the tensor's largest magnitude.
-_ROUNDINGS = 256
 
 
 def verify(
@@ -64,12 +61,12 @@ def verify(
     options = Options(assume, dims)
     with open_checkpoint(path) as file:
         scanned = scan(file, options)
-        refuse_blocked(scanned, str(path))
+        refuse_blocked(scanned.found, str(path))
         if other is None:
             return _recompute(scanned, str(path), options, progress)
         with open_checkpoint(other) as second:
             scanned_other = scan(second, options)
-            refuse_blocked(scanned_other, str(other))
+            refuse_blocked(scanned_other.found, str(other))
             options.check_used(f"{path} and {other}")
             return _compare(_Side(file, scanned), _Side(second, scanned_other), progress)
 
@@ -82,6 +79,7 @@ def _recompute(scanned: Scan, path: str, options: Options, progress: Progress | 
     notes = list(scanned.notes)
     for found in scanned.found:
         row, warnings = _check(found)
+        found.forget()
         rows.append(row)
         notes += [Note("warning", found.name, text) for text in warnings]
         if progress is not None:
@@ -93,47 +91,9 @@ def _check(found: Found) -> tuple[Checked, list[str]]:
     item = found.item
     result = found.evaluate(item)
     exact = found.exact(item).tensor
-    absolute, relative = _errors(result.tensor.to(item.entry.dtype), exact)
-    reason = "; ".join(result.warnings) or _beyond(relative, item.entry.dtype, folded=True)
+    absolute, relative = errors(result.tensor.to(item.entry.dtype), exact)
+    reason = "; ".join(result.warnings) or beyond(relative, item.entry.dtype, folded=True)
     return Checked(found.name, item.spelling, absolute, relative, not reason, reason), result.warnings
-
-
-def _errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
-    if value.numel() == 0:
-        return 0.0, 0.0
-    wide = _widest(value.dtype, exact.dtype)
-    value, exact = value.to(wide), exact.to(wide)
-    # Equal values differ by nothing, infinities and shared NaNs among them.
-    same = (value == exact) | (value.isnan() & exact.isnan())
-    absolute = float(torch.where(same, 0, (value - exact).abs()).max())
-    scale = float(exact.abs().nan_to_num(nan=0.0, posinf=0.0).max())
-    if scale == 0:
-        return absolute, absolute * math.inf if absolute else 0.0
-    return absolute, absolute / scale
-
-
-def _widest(one: torch.dtype, two: torch.dtype) -> torch.dtype:
-    if one.is_complex or two.is_complex:
-        return torch.complex128
-    return torch.float64 if one.is_floating_point or two.is_floating_point else torch.int64
-
-
-def _tolerance(dtype: torch.dtype, *, folded: bool) -> float:
-    """The largest relative error that rounding explains."""
-    if not folded or not (dtype.is_floating_point or dtype.is_complex):
-        return 0.0
-    computed = fold.compute_dtype(dtype)
-    stored = torch.finfo(dtype).eps if computed != dtype else 0.0
-    return stored + _ROUNDINGS * torch.finfo(computed).eps
-
-
-def _beyond(relative: float, dtype: torch.dtype, *, folded: bool) -> str:
-    # Written so that NaN is beyond.
-    if relative <= _tolerance(dtype, folded=folded):
-        return ""
-    return f"relative error {relative:.3g}" + (
-        " beyond rounding" if folded else "; plain tensors should be equal"
-    )
 
 
 # Two files ------------------------------------------------------------------------------------------------------------
@@ -171,7 +131,12 @@ class _Side:
 
 
 def _folding(found: Found) -> Callable[[], Tensor]:
-    return lambda: found.evaluate(found.item).tensor.to(found.item.entry.dtype)
+    def get() -> Tensor:
+        value = found.evaluate(found.item).tensor.to(found.item.entry.dtype)
+        found.forget()
+        return value
+
+    return get
 
 
 def _compare(one: _Side, two: _Side, progress: Progress | None) -> Verification:
@@ -200,7 +165,7 @@ def _pair(name: str, mine: _Value | None, theirs: _Value | None, *, where: tuple
     a, b = mine.entry, theirs.entry
     if a.shape != b.shape:
         return Checked(name, spelling, math.nan, math.nan, False, f"shape {a.shape} and {b.shape}")
-    absolute, relative = _errors(mine.get(), theirs.get())
+    absolute, relative = errors(mine.get(), theirs.get())
     reason = f"dtype {a.dtype} and {b.dtype}" if a.dtype != b.dtype else ""
-    reason = reason or _beyond(relative, a.dtype, folded=spelling != "plain")
+    reason = reason or beyond(relative, a.dtype, folded=spelling != "plain")
     return Checked(name, spelling, absolute, relative, not reason, reason)

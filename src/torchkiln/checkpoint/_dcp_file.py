@@ -1,0 +1,262 @@
+"""Reading the directory of a distributed checkpoint, without a process group and without its pickled code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchkiln._core.errors import CheckpointError
+from torchkiln.checkpoint._bytes import Extent, InputFile
+from torchkiln.checkpoint._io import (
+    Change,
+    CheckpointFile,
+    Content,
+    Entry,
+    Group,
+    Kept,
+    Made,
+    placeholder,
+    replaced,
+)
+
+__all__ = ["METADATA", "open_dcp"]
+
+METADATA = ".metadata"
+_MOST_METADATA_BYTES = 1 << 30
+
+# Everything that the metadata of a distributed checkpoint is made of. All are plain data, whatever they are given.
+_ALLOWED: dict[str, frozenset[str]] = {
+    "torch.distributed.checkpoint.metadata": frozenset(
+        {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        }
+    ),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
+    "torch.serialization": frozenset({"_get_layout"}),
+    "torch": frozenset({"Size"}),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds those classes and no others, where torch's own reader would run whatever the pickle says."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.startswith("pathlib") and name.endswith("Path"):
+            return _Text  # where it was saved to, which nothing here needs
+        raise CheckpointError(f"{module}.{name} is not a part of the metadata of a checkpoint")
+
+
+class _Text(tuple):  # type: ignore[type-arg]  # of whatever parts a path has
+    """The parts of a path, which is not to be one."""
+
+    def __new__(cls, *parts: Any) -> _Text:
+        return super().__new__(cls, parts)
+
+
+def open_dcp(path: Path) -> CheckpointFile:
+    """Open a directory that ``torch.distributed.checkpoint.save`` wrote.
+
+    Raises:
+        CheckpointError: It is damaged, needs code to load, or names files outside of it.
+    """
+    files = {METADATA: InputFile(path / METADATA)}
+    try:
+        metadata = _metadata(files[METADATA])
+        with _damage(path):
+            for info in metadata.storage_data.values():
+                name = info.relative_path
+                if name not in files:
+                    files[name] = InputFile(path / _plain_name(path, name))
+            return _DcpFile(path, metadata, files)
+    except BaseException:
+        for file in files.values():
+            file.close()
+        raise
+
+
+@contextmanager
+def _damage(path: Path):  # type: ignore[no-untyped-def]  # a generator of nothing
+    """Name the directory where its metadata is not of the types that it should be of."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: truncated or corrupt distributed checkpoint ({error}).") from error
+
+
+def _metadata(file: InputFile) -> Any:
+    if file.size > _MOST_METADATA_BYTES:
+        raise CheckpointError(f"{file.path}: {file.size:,} bytes of metadata are too many.")
+    data = file.read(0, file.size)
+    try:
+        metadata = _Unpickler(io.BytesIO(data)).load()
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{file.path}: loading it would run code: {error}.\nSave the checkpoint again where you trust it."
+        ) from None
+    except Exception as error:  # pickles are damaged in as many ways as there are opcodes
+        raise CheckpointError(
+            f"{file.path}: truncated or corrupt metadata ({type(error).__name__})."
+        ) from error
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{file.path}: is not the metadata of a distributed checkpoint.")
+    return metadata
+
+
+def _plain_name(path: Path, name: Any) -> str:
+    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\:\0"):
+        raise CheckpointError(
+            f"{path}: its metadata names the file {str(name)[:80]!r}, which is not one in it."
+        )
+    return name
+
+
+class _DcpFile(CheckpointFile):
+    container = "dcp"
+
+    def __init__(self, path: Path, metadata: Any, files: Mapping[str, InputFile]) -> None:
+        self.path = path
+        self.metadata = {}
+        self.inputs = tuple(files.values())
+        self._metadata = metadata
+        stored = metadata.state_dict_metadata
+        self._paths = {name: _path(metadata, name) for name in stored}
+        self._bytes = {name: one for name, one in stored.items() if not hasattr(one, "chunks")}
+        self._where: dict[tuple[str, tuple[int, ...]], Extent] = {}
+        for index, info in metadata.storage_data.items():
+            extent = _extent(files[info.relative_path], info)
+            self._where[index.fqn, tuple(index.offset or ())] = extent
+        self.groups = self._grouped({name: one for name, one in stored.items() if hasattr(one, "chunks")})
+        self.remarks = ()
+
+    def _grouped(self, tensors: Mapping[str, Any]) -> tuple[Group, ...]:
+        entries: dict[tuple[str, ...], dict[str, Entry]] = {}
+        self._names: dict[tuple[tuple[str, ...], str], str] = {}
+        for name, one in tensors.items():
+            *around, key = self._paths[name]
+            entry = Entry(_shape(one.size), one.properties.dtype)
+            if not isinstance(entry.dtype, torch.dtype):
+                raise ValueError(f"{name} has no dtype")
+            self._check_chunks(name, entry, one.chunks)
+            entries.setdefault(tuple(around), {})[key] = entry
+            self._names[tuple(around), key] = name
+        return tuple(Group(path, group) for path, group in entries.items())
+
+    def _check_chunks(self, name: str, entry: Entry, chunks: Sequence[Any]) -> None:
+        """Raise unless the chunks lie in the tensor, have their bytes in a file, and make up its size."""
+        total = 0
+        for chunk in chunks:
+            offsets, sizes = _shape(chunk.offsets), _shape(chunk.sizes)
+            ends = [start + size for start, size in zip(offsets, sizes, strict=True)]
+            if len(ends) != len(entry.shape) or any(e > s for e, s in zip(ends, entry.shape, strict=True)):
+                raise ValueError(f"{name} has a chunk outside of its shape")
+            extent = self._where[name, offsets]
+            if extent.length < prod(sizes) * entry.dtype.itemsize:
+                raise ValueError(f"{name} has a chunk of {extent.length:,} bytes, too few for its shape")
+            total += prod(sizes)
+        if total != prod(entry.shape):
+            raise ValueError(f"{name} has chunks of {total:,} elements for {prod(entry.shape):,}")
+
+    def read(self, group: Group, key: str) -> Tensor:
+        name, entry = self._names[group.path, key], group.entries[key]
+        # Chunks that overlap leave gaps elsewhere, which are zero and not what memory held before.
+        tensor = torch.zeros(entry.shape, dtype=entry.dtype)
+        for chunk in self._metadata.state_dict_metadata[name].chunks:
+            offsets, sizes = _shape(chunk.offsets), _shape(chunk.sizes)
+            part = _load(self._where[name, offsets], name)
+            if part.shape != sizes or part.dtype != entry.dtype:
+                raise CheckpointError(
+                    f"{self.path}: {name}: a chunk is not of the shape and dtype it should be."
+                )
+            place = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+            tensor[place] = part
+        return tensor
+
+    def identity(self, group: Group, key: str) -> Hashable:
+        return group.path, key
+
+    def extent(self, group: Group, key: str) -> None:  # noqa: ARG002  # each chunk is an archive of its own
+        return None
+
+    def changed(self, changes: Sequence[Change]) -> Content:
+        content = Content()
+        root: dict[Any, Any] = {}
+        for group in self.groups:
+            mine = [change for change in changes if change.group is group]
+            kept = {key: Kept(key) for key in group.entries}
+            items = replaced(kept, mine, lambda output: output)
+            place = _descend(root, group.path)
+            for key, output in items.items():
+                made = self._reading(group, output.key) if isinstance(output, Kept) else output
+                place[key] = content.hold(placeholder(made.entry), made)
+        for name in self._bytes:
+            *around, key = self._paths[name]
+            _descend(root, tuple(around))[key] = _load(self._where[name, ()], name)
+        content.root = root
+        return content
+
+    def _reading(self, group: Group, key: str) -> Made:
+        entry = group.entries[key]
+        return Made(entry, lambda: self.read(group, key), memory=(group.path, key), name=group.full_name(key))
+
+
+def _path(metadata: Any, name: str) -> tuple[str, ...]:
+    """Return the names of the mappings around a tensor, and its own."""
+    found = (metadata.planner_data or {}).get(name) or (name,)
+    return tuple(map(str, found))
+
+
+def _descend(root: dict[Any, Any], path: tuple[str, ...]) -> dict[Any, Any]:
+    for name in path:
+        root = root.setdefault(name, {})
+        if not isinstance(root, dict):
+            raise CheckpointError(f"{'.'.join(path)}: is a mapping and a value.")
+    return root
+
+
+def _shape(size: Any) -> tuple[int, ...]:
+    if not all(type(length) is int and 0 <= length < 2**60 for length in size):
+        raise ValueError("a shape that is none")
+    return tuple(size)
+
+
+def _extent(file: InputFile, info: Any) -> Extent:
+    if info.transform_descriptors if hasattr(info, "transform_descriptors") else None:
+        raise CheckpointError(f"{file.path}: is compressed or otherwise transformed, which is not read here.")
+    if not 0 <= info.offset <= info.offset + info.length <= file.size:
+        raise CheckpointError(f"{file.path}: truncated or corrupt file: it has {file.size:,} bytes only.")
+    return Extent(file, info.offset, info.length)
+
+
+def _load(extent: Extent, name: str) -> Any:
+    """Load what torch saved in a part of a file: a tensor, or a value that is none."""
+    data = io.BytesIO(extent.file.read(extent.offset, extent.length))
+    try:
+        return torch.load(data, map_location="cpu", weights_only=True)
+    except Exception as error:  # as for any torch file
+        reason = str(error).strip().splitlines() or ["unexpected end"]
+        raise CheckpointError(
+            f"{extent.file.path}: {name}: truncated or corrupt, or needs code to load ({reason[0][:120]})."
+        ) from error

@@ -1,0 +1,181 @@
+"""Writing safetensors: one file, or shards with their index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchkiln._core.errors import CheckpointError
+from torchkiln.checkpoint._bytes import Extent, InputFile, OutputFile, as_bytes, nbytes
+from torchkiln.checkpoint._io import Content, Entry, Made, Piece
+from torchkiln.checkpoint._safetensors_header import make_header, read_header
+from torchkiln.checkpoint._stream import Advance, Job, pump
+
+__all__ = ["SafetensorsSink", "flat"]
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    header: bytes
+    order: tuple[str, ...]
+
+
+class SafetensorsSink:
+    """The files to write, planned whole before a byte is written.
+
+    Args:
+        tensors: Each with its shape, dtype and where its bytes come from.
+        metadata: Text for the header of every file.
+        max_shard_size: Begin another file before one has more bytes of tensors than this; None for one file alone.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, tuple[Entry, Piece]],
+        metadata: Mapping[str, str],
+        *,
+        max_shard_size: int | None = None,
+    ) -> None:
+        self._tensors, self._metadata = tensors, metadata
+        self._sharded = max_shard_size is not None
+        shards = _shards({key: entry for key, (entry, _) in tensors.items()}, max_shard_size)
+        self._files = [self._plan(keys, index, len(shards)) for index, keys in enumerate(shards)]
+        self.size = sum(len(file.header) for file in self._files)
+        self.size += sum(nbytes(entry) for entry, _ in tensors.values())
+
+    def _plan(self, keys: list[str], index: int, count: int) -> _File:
+        header, order = make_header({key: self._tensors[key][0] for key in keys}, self._metadata)
+        return _File(f"model-{index + 1:05}-of-{count:05}.safetensors", header, tuple(order))
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Where everything comes from, in the order of writing."""
+        return [self._tensors[key][1] for file in self._files for key in file.order]
+
+    def write(self, path: Path, advance: Advance) -> None:
+        """Write to an empty file, or into an empty directory where there are shards."""
+        if not self._sharded:
+            self._write_one(self._files[0], path, advance)
+            return
+        for file in self._files:
+            shard = path / file.name
+            shard.touch(exist_ok=False)
+            self._write_one(file, shard, advance)
+        index = path / INDEX
+        index.touch(exist_ok=False)
+        with OutputFile(index) as out:
+            out.write(json.dumps(self._index(), indent=2, sort_keys=True).encode())
+
+    def _write_one(self, file: _File, path: Path, advance: Advance) -> None:
+        with OutputFile(path) as out:
+            out.write(file.header)
+            pump(self._jobs(file, out), advance)
+        self._check(file, path)
+
+    def _jobs(self, file: _File, out: OutputFile) -> Iterator[Job]:
+        for key in file.order:
+            entry, piece = self._tensors[key]
+            yield _job(piece, nbytes(entry), out)
+
+    def _check(self, file: _File, path: Path) -> None:
+        """Read the header back, with its offsets against the size of the file."""
+        with closing(InputFile(path)) as written:
+            found = read_header(written)
+        if found.entries != {key: self._tensors[key][0] for key in file.order}:
+            raise CheckpointError(f"{path.name}: what was written is not what was planned.")
+
+    def _index(self) -> dict[str, Any]:
+        total = sum(nbytes(entry) for entry, _ in self._tensors.values())
+        places = {key: file.name for file in self._files for key in file.order}
+        return {"metadata": {"total_size": total}, "weight_map": places}
+
+
+def _job(piece: Piece, size: int, out: OutputFile) -> Job:
+    """Compute what has to be computed, and return the writing of it."""
+    if isinstance(piece, Extent):
+        return Job("", size, partial(out.copy, piece), 0)
+    return Job(piece.name, size, partial(_write, piece.make(), out), size)
+
+
+def _write(tensor: Tensor, out: OutputFile) -> None:
+    out.write(as_bytes(tensor))
+
+
+def _shards(entries: Mapping[str, Entry], most: int | None) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    used = 0
+    for key, entry in entries.items():
+        size = nbytes(entry)
+        if most is not None and shards[-1] and used + size > most:
+            shards.append([])
+            used = 0
+        shards[-1].append(key)
+        used += size
+    return shards
+
+
+def flat(content: Content, *, target: Path) -> dict[str, tuple[Entry, Piece]]:
+    """Return the content as safetensors can hold it: one level of plain tensors, each with bytes of its own.
+
+    Raises:
+        CheckpointError: There is more than that in it.
+    """
+    if not isinstance(content.root, Mapping):
+        raise CheckpointError(_not_flat(target, f"a {type(content.root).__name__} at the top"))
+    tensors: dict[str, tuple[Entry, Piece]] = {}
+    for key, value in content.root.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise CheckpointError(_not_flat(target, f"a {type(value).__name__} under {key!r}"))
+        if value.is_quantized:
+            raise CheckpointError(_not_flat(target, f"a quantized tensor under {key!r}"))
+        tensors[key] = (Entry(tuple(value.shape), value.dtype), contiguous(value.detach(), content))
+    return tensors
+
+
+def contiguous(tensor: Tensor, content: Content) -> Piece:
+    """Return where the elements of a tensor come from, in order and without what else its storage has."""
+    entry = Entry(tuple(tensor.shape), tensor.dtype)
+    if tensor.device.type != "meta":
+        return Made(entry, lambda: tensor.contiguous().resolve_conj().resolve_neg())
+    piece = content.piece(tensor.untyped_storage())
+    if isinstance(piece, Made):
+        return piece
+    start = tensor.storage_offset() * tensor.element_size()
+    if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        return piece.part(start, nbytes(entry))
+    return Made(entry, lambda: gathered(tensor, piece))
+
+
+def gathered(tensor: Tensor, extent: Extent) -> Tensor:
+    """Return the values of a placeholder as a contiguous tensor."""
+    start = tensor.storage_offset() * tensor.element_size()
+    end = start + tensor.element_size()
+    end += (
+        sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) * tensor.element_size()
+    )
+    if tensor.numel() == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    part = extent.part(start, end - start)
+    values = part.tensor(Entry((part.length // tensor.element_size(),), tensor.dtype))
+    values = values.as_strided(tensor.shape, tensor.stride())
+    values = values.conj() if tensor.is_conj() else values
+    values = torch._neg_view(values) if tensor.is_neg() else values
+    return values.contiguous().resolve_conj().resolve_neg()
+
+
+def _not_flat(target: Path, found: str) -> str:
+    return (
+        f"{target}: safetensors holds one level of named tensors, and the source has {found}.\n"
+        'Choose a name ending in ".pt".'
+    )

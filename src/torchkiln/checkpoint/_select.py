@@ -1,0 +1,132 @@
+"""What the caller wants of the copy besides the folding: which tensors, under which names, in which dtype."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchkiln._core.errors import CheckpointError
+from torchkiln._core.spellings.options import Patterns
+from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Kept, Made
+from torchkiln.checkpoint._scan import Found
+
+__all__ = ["Renaming", "check_dtype", "picked", "plain_changes"]
+
+
+def picked(
+    found: Sequence[Found], include: Sequence[str], exclude: Sequence[str], *, where: str
+) -> tuple[list[Found], list[Found]]:
+    """Return the tensors to fold, and those to leave as they are.
+
+    Args:
+        found: The parametrized tensors.
+        include: Name patterns; without any, all are included.
+        exclude: Name patterns of tensors to leave, whatever includes them.
+        where: The file, for messages.
+
+    Raises:
+        CheckpointError: A pattern matches none of them.
+    """
+    wanted, unwanted = Patterns(include), Patterns(exclude)
+    folded: list[Found] = []
+    left: list[Found] = []
+    for one in found:
+        names = (one.item.name, one.name)
+        yes, no = wanted.match(*names), unwanted.match(*names)
+        for patterns, pattern in ((wanted, yes), (unwanted, no)):
+            if pattern is not None:
+                patterns.use(pattern)
+        (folded if (yes or not include) and not no else left).append(one)
+    for argument, patterns in (("include", wanted), ("exclude", unwanted)):
+        if patterns.unused:
+            raise CheckpointError(
+                f'{argument}: "{patterns.unused[0]}" matches no parametrized tensor of {where}.\n'
+                "Run inspect for the names."
+            )
+    return folded, left
+
+
+class Renaming:
+    """Beginnings of names to what they become; of several that fit, the longest counts.
+
+    Args:
+        beginnings: Old to new, such as ``{"module.": ""}``.
+
+    Example:
+        >>> Renaming({"module.": "", "": "net."})("module.conv.weight")
+        'conv.weight'
+    """
+
+    def __init__(self, beginnings: Mapping[str, str] | None) -> None:
+        self._beginnings = sorted((beginnings or {}).items(), key=lambda pair: -len(pair[0]))
+        self._used: set[str] = set()
+
+    def __call__(self, name: str) -> str:
+        """Return the new name."""
+        for old, new in self._beginnings:
+            if name.startswith(old):
+                self._used.add(old)
+                return new + name.removeprefix(old)
+        return name
+
+    def check(self, group: Group, changes: Sequence[Change]) -> None:
+        """Raise if two tensors of a group would have one name, or none.
+
+        Raises:
+            CheckpointError: Names it.
+        """
+        gone = {key for change in changes for key in change.keys}
+        names = Counter(key for key in group.entries if key not in gone)
+        names.update(name for change in changes for name in change.outputs)
+        if names and (names[""] or max(names.values()) > 1):
+            name = "" if names[""] else max(names, key=lambda name: names[name])
+            raise CheckpointError(f"rename: {names[name]} tensors would have the name {name!r}.")
+
+    def check_used(self, where: str) -> None:
+        """Raise if a beginning is that of no name.
+
+        Raises:
+            CheckpointError: Names it.
+        """
+        for old, _ in self._beginnings:
+            if old not in self._used:
+                raise CheckpointError(f'rename: no tensor of {where} begins with "{old}".')
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise unless every float can be written in a dtype.
+
+    Raises:
+        CheckpointError: It is not for floats.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise CheckpointError(f"dtype: expected a floating dtype, got {dtype}.")
+
+
+def plain_changes(
+    file: CheckpointFile, plain: Mapping[Group, Sequence[str]], *, rename: Renaming, dtype: torch.dtype | None
+) -> Iterator[Change]:
+    """Yield what is to happen to tensors that are not folded: another name, another dtype, or nothing.
+
+    Args:
+        file: Where they are.
+        plain: Their keys.
+        rename: Their new names.
+        dtype: The dtype for those of floats; None leaves each its own.
+    """
+    for group, keys in plain.items():
+        for key in keys:
+            name, entry = rename(key), group.entries[key]
+            cast = dtype is not None and entry.dtype.is_floating_point and entry.dtype != dtype
+            if cast or name != key:
+                output = _cast(file, group, key, dtype) if cast and dtype is not None else Kept(key)
+                yield Change(group, (key,), {name: output})
+
+
+def _cast(file: CheckpointFile, group: Group, key: str, dtype: torch.dtype) -> Made:
+    make: Callable[[], Tensor] = lambda: file.read(group, key).detach().to(dtype).contiguous()  # noqa: E731  # one line
+    entry = Entry(group.entries[key].shape, dtype)
+    return Made(entry, make, like=(key,), memory=(file.identity(group, key), dtype))

@@ -1,0 +1,188 @@
+"""Writing a changed copy: planned from headers alone, then streamed into a temporary file that takes its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+from torchkiln._core.errors import CheckpointError
+from torchkiln.checkpoint._atomic import check_target, replacing
+from torchkiln.checkpoint._bytes import Extent, nbytes
+from torchkiln.checkpoint._io import Change, CheckpointFile, Content, Piece
+from torchkiln.checkpoint._safetensors_sink import SafetensorsSink, flat
+from torchkiln.checkpoint._stream import Advance
+from torchkiln.checkpoint._torch_sink import TorchSink
+
+__all__ = ["Container", "Plan", "Progress", "chosen_container", "plan_copy"]
+
+Container = Literal["dcp", "safetensors", "torch"]
+"""The kinds of checkpoint that are written."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with how much is done, of how much, and the name of the last tensor."""
+
+_TORCH_SUFFIXES = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
+_SHARD_SIZE = 5_000_000_000
+
+
+class Sink(Protocol):
+    """Files of one container, planned and ready to be written."""
+
+    size: int
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """Where everything comes from, in the order of writing."""
+
+    def write(self, path: Path, advance: Advance) -> None:
+        """Write to an empty file or directory."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is going to be read, computed and written, known before any tensor is read.
+
+    Attributes:
+        file: The source.
+        sink: What is written.
+        target: Where.
+        directory: Whether that is a directory.
+        container: What kind of checkpoint it is.
+    """
+
+    file: CheckpointFile
+    sink: Sink
+    target: Path
+    directory: bool
+    container: Container
+
+    @property
+    def size(self) -> int:
+        """How many bytes are going to be written."""
+        return self.sink.size
+
+    @property
+    def copied(self) -> int:
+        """How many bytes are copied as they are."""
+        return sum(piece.length for piece in self.sink.pieces if isinstance(piece, Extent))
+
+    @property
+    def computed(self) -> int:
+        """How many bytes of tensors are computed."""
+        return sum(nbytes(piece.entry) for piece in self.sink.pieces if not isinstance(piece, Extent))
+
+    def check_target(self, *, force: bool) -> None:
+        """Raise if the target may not be written."""
+        sources = [one.path for one in self.file.inputs]
+        check_target(self.target, sources=sources, force=force, directory=self.directory)
+
+    def write(self, *, force: bool, progress: Progress | None = None) -> int:
+        """Write, whole or not at all, and return the size in bytes.
+
+        Args:
+            force: Replace an existing file.
+            progress: Called with the bytes of tensors done, their total, and the name of the last one.
+
+        Raises:
+            CheckpointError: The source cannot be read, changes meanwhile, or the system refuses to write.
+            OutputExistsError: The target exists and `force` is false.
+        """
+        sources = [one.path for one in self.file.inputs]
+        done, total = 0, self.copied + self.computed
+
+        def advance(size: int, name: str) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(min(done, total), total, name)
+
+        with replacing(self.target, sources=sources, force=force, directory=self.directory) as temporary:
+            self.sink.write(temporary, advance)
+            self.file.check_unchanged()
+            written = temporary.iterdir() if self.directory else [temporary]
+            return sum(path.stat().st_size for path in written)
+
+
+def chosen_container(
+    target: Path, source: CheckpointFile, *, container: Container | None, max_shard_size: int | None
+) -> tuple[Container, int | None]:
+    """Return the kind of checkpoint to write, and the size of its shards if it is to have some.
+
+    Args:
+        target: Its suffix decides where nothing else does, then the kind of the source.
+        source: What is read.
+        container: What the caller asks for.
+        max_shard_size: The size of shards that the caller asks for.
+
+    Raises:
+        CheckpointError: The two do not go together.
+    """
+    if container not in (None, *get_args(Container)):
+        raise CheckpointError(
+            f"container: expected one of {', '.join(get_args(Container))}, got {container!r}."
+        )
+    if max_shard_size is not None:
+        if container not in (None, "safetensors") or max_shard_size < 1:
+            raise CheckpointError(f"max_shard_size: {max_shard_size} makes no shards of safetensors.")
+        return "safetensors", max_shard_size
+    if container is not None:
+        shards = container == "safetensors" and source.container == "sharded safetensors"
+        return container, _SHARD_SIZE if shards and target.suffix != ".safetensors" else None
+    if target.suffix == ".safetensors":
+        return "safetensors", None
+    if target.suffix in _TORCH_SUFFIXES or source.container.startswith("torch "):
+        return "torch", None
+    if source.container == "dcp":
+        return "dcp", None
+    return "safetensors", _SHARD_SIZE if source.container == "sharded safetensors" else None
+
+
+def plan_copy(
+    file: CheckpointFile,
+    changes: Sequence[Change],
+    target: Path,
+    *,
+    container: Container | None = None,
+    max_shard_size: int | None = None,
+    renamed: Callable[[Content], None] | None = None,
+) -> Plan:
+    """Plan a copy of a file with changes; nothing but its header is read.
+
+    Args:
+        file: The source.
+        changes: What to replace. Everything else is written as it was.
+        target: The new file or directory.
+        container: As for :func:`chosen_container`.
+        max_shard_size: As for :func:`chosen_container`.
+        renamed: Called with the content before its files are planned.
+
+    Raises:
+        CheckpointError: The content does not fit the container.
+    """
+    kind, shard_size = chosen_container(target, file, container=container, max_shard_size=max_shard_size)
+    content = file.changed(changes)
+    if renamed is not None:
+        renamed(content)
+    return Plan(
+        file,
+        _sink(file, content, target, kind, shard_size),
+        target,
+        kind == "dcp" or shard_size is not None,
+        kind,
+    )
+
+
+def _sink(
+    file: CheckpointFile, content: Content, target: Path, kind: Container, shard_size: int | None
+) -> Sink:
+    if kind == "safetensors":
+        # transformers and diffusers load a file only if it names the framework its layout came from.
+        metadata = file.metadata if "safetensors" in file.container else {"format": "pt"}
+        return SafetensorsSink(flat(content, target=target), metadata, max_shard_size=shard_size)
+    if kind == "dcp":
+        from torchkiln.checkpoint._dcp_sink import DcpSink
+
+        return DcpSink(content)
+    return TorchSink(content)
