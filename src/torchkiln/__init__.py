@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from torchkiln import parametrizations, parametrize
+from torchkiln import families, parametrizations, parametrize
+from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import (
     CheckpointError,
     InverseError,
@@ -38,6 +39,7 @@ __all__ = [
     "InverseError",
     "NothingToFoldError",
     "OutputExistsError",
+    "Parametrization",
     "ParametrizationError",
     "Report",
     "Stack",
@@ -46,6 +48,7 @@ __all__ = [
     "bake",
     "baked",
     "checkpoint",
+    "families",
     "functional_call",
     "install",
     "installed",

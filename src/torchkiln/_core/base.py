@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from copy import deepcopy
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+
+from torchkiln._core.spec import VERSION, encode
 
 __all__ = ["Parametrization"]
 
@@ -19,15 +22,40 @@ class Parametrization(nn.Module):
 
     A subclass is final, keeps each argument of its constructor in an attribute of the same name (:meth:`spec` and the
     repr read them there), and defines ``forward`` and what else it has.
+
+    Attributes:
+        event_dim: On how many trailing dimensions it acts: 0 for one number at a time, 1 for vectors, 2 for matrices.
+            The dimensions before them are a batch. None: on the tensor as a whole.
+        square: Whether its matrices must be square.
+        accepts: The numbers it is made for.
+        differentiable: False where the gradient is not the derivative on purpose (straight-through).
+        remembers: Plain attributes that ``right_inverse`` sets and ``forward`` reads; they go into the spec.
     """
 
+    event_dim: ClassVar[int | None] = None
+    square: ClassVar[bool] = False
+    accepts: ClassVar[Literal["real", "complex", "any"]] = "real"
+    differentiable: ClassVar[bool] = True
+    remembers: ClassVar[tuple[str, ...]] = ()
+
     def right_inverse(self, X: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Return originals that ``forward`` sends to ``X``, or to the point nearest to it that it can reach.
+        """Return originals that ``forward`` sends to ``X``, or to a point near it where it cannot reach ``X``.
 
         Raises:
             NotImplementedError: this parametrization has no inverse.
         """
         raise NotImplementedError(f"{type(self).__name__} has no right inverse")
+
+    @torch.no_grad()
+    def project(self, X: Tensor) -> Tensor:
+        """Return the value that a tensor with the value ``X`` takes when this is registered on it.
+
+        ``X`` itself where it satisfies the constraint; ``(X - family.project(X)).norm()`` is what registering changes.
+        """
+        twin = deepcopy(self)
+        originals = twin.right_inverse(X)
+        projected: Tensor = twin(originals) if isinstance(originals, Tensor) else twin(*originals)
+        return projected
 
     def residual(self, X: Tensor) -> Tensor:
         """Return how far ``X`` is from the constraint: a float64 scalar, the largest violation; 0 on the constraint.
@@ -37,6 +65,7 @@ class Parametrization(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} constrains nothing")
 
+    @torch.no_grad()
     def sample(
         self,
         shape: tuple[int, ...],
@@ -50,19 +79,54 @@ class Parametrization(nn.Module):
         Raises:
             NotImplementedError: there is no natural distribution.
         """
+        dtype = dtype or torch.get_default_dtype()
+        wide = torch.promote_types(dtype, torch.float32)
+        Z = torch.randn(shape, generator=generator, dtype=wide, device=device)
+        return self._from_normal(Z).to(dtype)
+
+    def _from_normal(self, Z: Tensor) -> Tensor:
+        """Make a sample of independent standard normal numbers: all that :meth:`sample` leaves to the families."""
         raise NotImplementedError(f"{type(self).__name__} has no natural distribution to sample from")
 
     def spec(self) -> dict[str, Any]:
-        """Return name, version and arguments, JSON-able: enough to build this parametrization again."""
-        return {"name": type(self).__name__, "version": 1, "arguments": self._arguments()}
+        """Return name, version and arguments, JSON-able: enough to build this parametrization again.
+
+        Raises:
+            ParametrizationError: an argument is a function, or something else that JSON does not have.
+        """
+        name = type(self).__name__
+        arguments = {key: encode(value, f"{name}({key}=...)") for key, value in self._arguments().items()}
+        state = {key: encode(getattr(self, key), name) for key in self.remembers}
+        return {
+            "name": name,
+            "version": VERSION,
+            "arguments": arguments,
+            **({"state": state} if state else {}),
+        }
 
     def _arguments(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return {name: getattr(self, name) for name in self._parameters_of_init()}
+
+    def _parameters_of_init(self) -> dict[str, inspect.Parameter]:
+        # A class without a constructor has nn.Module's, which takes anything.
+        found = inspect.signature(type(self)).parameters
+        return {
+            name: one for name, one in found.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        }
 
     def extra_repr(self) -> str:
-        """Return the constructor's arguments that are not the default."""
-        parameters = inspect.signature(type(self)).parameters
+        """Return the constructor's arguments that are neither the default nor shown as tensors or modules."""
+        parameters = self._parameters_of_init()
         given = {
-            name: value for name, value in self._arguments().items() if value != parameters[name].default
+            name: value
+            for name, value in self._arguments().items()
+            if not isinstance(value, (Tensor, nn.Module)) and value != parameters[name].default
         }
-        return ", ".join(f"{name}={value!r}" for name, value in given.items())
+        return ", ".join(f"{name}={_shown(value)}" for name, value in given.items())
+
+
+def _shown(value: object) -> str:
+    """Return an argument's repr; that of a function without its address, which differs from run to run."""
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return repr(value)

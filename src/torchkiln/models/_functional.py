@@ -104,7 +104,9 @@ def _check_names(
         f"{what} key(s): {', '.join(map(repr, sorted(names)))}." for what, names in said.items() if names
     ]
     if strict and errors:
-        raise RuntimeError(f"Error(s) in reparametrizing for {type(module).__name__}:\n\t" + "\n\t".join(errors))
+        raise RuntimeError(
+            f"Error(s) in reparametrizing for {type(module).__name__}:\n\t" + "\n\t".join(errors)
+        )
 
 
 def _path_of_chain(name: str) -> str:

@@ -66,6 +66,7 @@ class Evaluator:
         found: What was recognised in the group.
         options: What the caller knows.
         exact: Compute in float64 by the definitions instead of as torch's modules do.
+        fresh: What the source returns is new memory each time, so that none of it needs to be copied.
     """
 
     def __init__(
@@ -76,9 +77,10 @@ class Evaluator:
         found: Recognised,
         options: Options,
         exact: bool = False,
+        fresh: bool = False,
     ) -> None:
         self._source, self._group, self._found, self._options = source, group, found, options
-        self._exact = exact
+        self._exact, self._fresh = exact, fresh
 
     @torch.no_grad()
     def __call__(self, item: Spelled) -> Evaluation:
@@ -96,7 +98,7 @@ class Evaluator:
                 self._apply(step, item, result)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, and not in its __all__
             raise CheckpointError(f"{item.name}: {item.spelling} cannot be computed: {error}.") from error
-        if not result.warnings and not bool(torch.isfinite(result.tensor).all()):
+        if not result.warnings and not _finite(result.tensor):
             result.warnings.append(f"{item.name}: has values that are not finite")
         return result
 
@@ -132,7 +134,7 @@ class Evaluator:
             wide = torch.promote_types(wide, torch.float64)
         # A copy even where nothing is cast: memory mapped from a file is aligned otherwise than a model's, and
         # matrix products may round by alignment.
-        return tensor.to(wide, copy=True)
+        return tensor.to(wide, copy=not self._fresh)
 
     def _apply(self, step: Step, item: Spelled, result: Evaluation) -> None:
         if step.kind == "weight_norm":
@@ -152,7 +154,8 @@ class Evaluator:
         dtype = torch.promote_types(g.dtype, v.dtype)
         rule = fold.exact_weight_norm if self._exact else fold.weight_norm
         result.tensor = rule(g.to(dtype), v.to(dtype), result.dim)
-        self._check_rows(item.originals[1], v, result)
+        if not _finite(result.tensor):  # as it would be after a division by the norm of such a row
+            self._check_rows(item.originals[1], v, result)
 
     def _check_rows(self, key: str, v: Tensor, result: Evaluation) -> None:
         over = [d for d in range(v.ndim) if d != result.dim]
@@ -233,6 +236,11 @@ class Evaluator:
         result.assumptions.append(
             f"step {_some(item.skipped)} keeps nothing in the file; u and v fit without it"
         )
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Tell whether every value is finite; one pass without memory where the sum is."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _alignment(M: Tensor, u: Tensor, v: Tensor) -> float:

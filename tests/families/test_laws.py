@@ -1,0 +1,25 @@
+"""Every family obeys every law, on every kind of tensor."""
+
+from __future__ import annotations
+
+import pytest
+
+from cases import CASE_LAWS, CASES, ROWS, Case
+from torchkiln.testing import check
+from torchkiln.testing._catalogue import Row, names
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.label)
+def test_every_law_holds_for_every_family(row: Row) -> None:
+    report = check(row.family, row.example)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_the_laws_hold_for_every_kind_of_tensor(case: Case) -> None:
+    report = check(case.row.family, case.example, laws=CASE_LAWS)
+    assert report.ok, str(report)
+
+
+def test_every_family_has_a_row() -> None:
+    assert sorted({type(row.family).__name__ for row in ROWS}) == sorted(names())
