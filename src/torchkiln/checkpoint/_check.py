@@ -70,7 +70,8 @@ def _expected(found: Found, evaluation: Evaluation) -> Expected | None:
         return None
     kind = item.steps[0].kind
     if kind == "weight_norm" and evaluation.dim in (0, None):
-        return _weight_norm(*originals, evaluation.dim)
+        g, v = originals
+        return _weight_norm(g, v, evaluation.dim)
     if kind == "spectral_norm" and evaluation.dim == 0:
         u, v = (found.read(key).detach() for key in item.steps[0].state)
         return _spectral_norm(originals[0], u, v)

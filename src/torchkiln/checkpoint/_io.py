@@ -114,7 +114,7 @@ class Content:
         if offset is not None:
             return self._extents[offset].part(0, storage.nbytes())
         entry = Entry((storage.nbytes(),), torch.uint8)
-        return Made(entry, lambda: torch.empty(0, dtype=torch.uint8).set_(storage), memory=storage._cdata)  # type: ignore[call-overload]  # torch annotates the overloads for typed storages
+        return Made(entry, lambda: torch.empty(0, dtype=torch.uint8).set_(storage), memory=storage._cdata)
 
 
 class CheckpointFile(ABC):

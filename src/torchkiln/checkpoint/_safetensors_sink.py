@@ -151,7 +151,7 @@ def contiguous(tensor: Tensor, content: Content) -> Piece:
     piece = content.piece(tensor.untyped_storage())
     if isinstance(piece, Made):
         return piece
-    start = tensor.storage_offset() * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
     if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
         return piece.part(start, nbytes(entry))
     return Made(entry, lambda: gathered(tensor, piece))
@@ -159,15 +159,12 @@ def contiguous(tensor: Tensor, content: Content) -> Piece:
 
 def gathered(tensor: Tensor, extent: Extent) -> Tensor:
     """Return the values of a placeholder as a contiguous tensor."""
-    start = tensor.storage_offset() * tensor.element_size()
-    end = start + tensor.element_size()
-    end += (
-        sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) * tensor.element_size()
-    )
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    length = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() == 0:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
-    part = extent.part(start, end - start)
-    values = part.tensor(Entry((part.length // tensor.element_size(),), tensor.dtype))
+    part = extent.part(start * size, length * size)
+    values = part.tensor(Entry((length,), tensor.dtype))
     values = values.as_strided(tensor.shape, tensor.stride())
     values = values.conj() if tensor.is_conj() else values
     values = torch._neg_view(values) if tensor.is_neg() else values

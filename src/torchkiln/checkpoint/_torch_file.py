@@ -137,7 +137,7 @@ class _TorchFile(CheckpointFile):
         walk = _Walk(content)
         self._mappings = {_group(where, mapping): mapping for where, mapping in walk.mappings}
         # The content changes when it is rewritten; what is computed from it is read after that.
-        self._tensors = {
+        self._tensors: dict[Group, dict[str, Tensor]] = {
             group: {key: mapping[key] for key in group.entries} for group, mapping in self._mappings.items()
         }
         self.groups = tuple(self._mappings)
@@ -146,7 +146,7 @@ class _TorchFile(CheckpointFile):
         self.remarks = tuple(_remarks(container, walk, in_memory=in_memory))
 
     def read(self, group: Group, key: str) -> Tensor:
-        tensor: Tensor = self._tensors[group][key]
+        tensor = self._tensors[group][key]
         if not tensor.is_meta:
             return tensor
         if nbytes(_entry(tensor)) > max(64 * tensor.untyped_storage().nbytes(), 1 << 24):
@@ -159,7 +159,7 @@ class _TorchFile(CheckpointFile):
         if not tensor.is_meta or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
             return None
         extent = cast(Extent, self._held.piece(tensor.untyped_storage()))
-        return extent.part(tensor.storage_offset() * tensor.element_size(), nbytes(_entry(tensor)))
+        return extent.part(int(tensor.storage_offset()) * tensor.element_size(), nbytes(_entry(tensor)))
 
     def identity(self, group: Group, key: str) -> Hashable:
         tensor = self._tensors[group][key]

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> tuple[str, Any, str, str, int] | None:
         if isinstance(obj, TypedStorage):
             storage = obj._untyped_storage
-            kind, count = getattr(torch, obj._pickle_storage_type()), obj._size()
+            kind, count = _kind(obj), storage.nbytes() // obj.dtype.itemsize
         elif isinstance(obj, torch.UntypedStorage):
             storage, kind, count = obj, torch.UntypedStorage, obj.nbytes()
         else:
@@ -119,10 +119,15 @@ class _Pickler(pickle.Pickler):
         return rebuild, arguments
 
 
+def _kind(storage: TypedStorage) -> Any:
+    """Return the class of storages of this dtype, which torch names in a pickle."""
+    return getattr(torch, storage._pickle_storage_type())  # type: ignore[no-untyped-call]  # as above
+
+
 def _reduced(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     """Return how torch rebuilds a tensor from its storage."""
     storage: Any = tensor.untyped_storage()
-    layout = (
+    layout: tuple[Any, ...] = (
         tensor.storage_offset(),
         tuple(tensor.size()),
         tensor.stride(),
@@ -134,7 +139,7 @@ def _reduced(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     more = (metadata,) if metadata else ()
     if not named:
         return torch._utils._rebuild_tensor_v3, (storage, *layout, tensor.dtype, *more)
-    typed = TypedStorage(wrap_storage=storage, dtype=tensor.dtype, _internal=True)
+    typed = TypedStorage(wrap_storage=storage, dtype=tensor.dtype, _internal=True)  # type: ignore[no-untyped-call]  # as above
     return torch._utils._rebuild_tensor_v2, (typed, *layout, *more)
 
 
@@ -155,7 +160,7 @@ class _Rest:
 def write_archive(out: OutputFile, records: list[Record], advance: Advance) -> None:
     """Write an archive that torch maps: records as they are, each at a multiple of 64 bytes, with checksums."""
     rest = _Rest(out)
-    with zipfile.ZipFile(rest, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[type-var]  # a file where it matters
+    with zipfile.ZipFile(cast("IO[bytes]", rest), "w", zipfile.ZIP_STORED) as archive:
         pump(_jobs(archive, rest, records), advance)
 
 
