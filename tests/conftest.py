@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from distributed.ranks import Ranks
+
 # Model libraries look for a hub when they are imported; the tests build every model from a configuration.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -31,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """The processes that distributed tests run on; they start with the first case."""
+    pool = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
 
 
 def _global_state() -> dict[str, object]:

@@ -194,6 +194,7 @@ PUBLIC: dict[str, list[str]] = {
         "verify",
     ],
     "torchkiln.demo": ["DemoReport", "run_demo"],
+    "torchkiln.distributed": [],
     "torchkiln.families": [
         "PLU",
         "AlmostOrthogonal",
