@@ -429,12 +429,31 @@ def test_summary_after_bake_is_empty():
     assert not summary(model)
 
 
-def test_a_zero_row_is_refused_with_its_name():
+def test_a_row_that_is_not_finite_is_refused_with_its_name():
     model = nn.Sequential(nn.Linear(2, 2), parametrizations.weight_norm(nn.Linear(4, 4)))
     with torch.no_grad():
-        model[1].parametrizations.weight.original1[2] = 0
+        model[1].parametrizations.weight.original1[2, 0] = torch.nan
     with pytest.raises(
         ParametrizationError, match=r"1\.weight: 4 of 16 values computed by weight_norm are not finite"
     ):
         bake(model)
     assert parametrize.is_parametrized(model[1])
+
+
+def test_a_zero_row_is_baked_as_zeros():
+    model = nn.Sequential(nn.Linear(2, 2), parametrizations.weight_norm(nn.Linear(4, 4)))
+    with torch.no_grad():
+        model[1].parametrizations.weight.original1[2] = 0
+    bake(model)
+    assert model[1].weight[2].eq(0).all()
+    assert not model[1].weight[3].eq(0).any()
+
+
+def test_a_zero_row_that_torch_parametrized_is_refused_with_its_name():
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with torch.no_grad():
+        model[0].parametrizations.weight.original1[2] = 0
+    with pytest.raises(
+        ParametrizationError, match=r"0\.weight: 4 of 16 values computed by weight_norm are not finite"
+    ):
+        bake(model)

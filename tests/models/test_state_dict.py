@@ -365,11 +365,18 @@ def test_shapes_that_do_not_fit_name_the_tensor() -> None:
 
 
 def test_a_value_without_a_norm_is_refused() -> None:
-    layer = MAKE["spectral_norm"]()
+    layer = torch.nn.utils.parametrizations.spectral_norm(MAKE["plain"]())
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(ParametrizationError, match="weight: its parametrization cannot be that value"):
         load_state_dict(layer, {"weight": torch.zeros(4, 4), "bias": torch.zeros(4)})
     assert same(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("norm", ["spectral_norm", "weight_norm"])
+def test_zeros_are_loaded_as_zeros(norm: str) -> None:
+    layer = MAKE[norm]()
+    load_state_dict(layer, {"weight": torch.zeros(4, 4), "bias": torch.zeros(4)})
+    assert layer.weight.eq(0).all()
 
 
 def test_a_step_without_an_inverse() -> None:

@@ -107,7 +107,7 @@ def test_an_unknown_spelling_is_refused() -> None:
 def test_values_that_are_not_finite_are_refused() -> None:
     layer = MAKE["weight_norm"]()
     with torch.no_grad():
-        layer.parametrizations.weight.original1[0] = 0
+        layer.parametrizations.weight.original1[0, 0] = torch.nan
     with pytest.raises(
         ParametrizationError, match="weight: 4 of 16 values computed by weight_norm are not finite"
     ):

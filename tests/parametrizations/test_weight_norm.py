@@ -95,14 +95,24 @@ def test_assignment(dim: int | None) -> None:
     assert_agree(ours, theirs)
 
 
-def test_zero_row() -> None:
-    def make(impl: Impl) -> nn.Module:
-        layer = impl.N.weight_norm(nn.Linear(4, 3, dtype=torch.float64))
-        layer.weight = torch.zeros(3, 4, dtype=torch.float64)
-        return layer
-
-    theirs, ours = both(make)
-    torch.testing.assert_close(ours.weight, theirs.weight, equal_nan=True)
+@beyond_torch("torch divides by zero")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_a_zero_slice_is_zero_and_stays_so(impl: Impl, dim: int | None, dtype: torch.dtype) -> None:
+    """No direction, so no value; the gradients of all the others are what they are without it."""
+    layer = impl.N.weight_norm(nn.Conv1d(4, 3, 2, dtype=dtype), dim=dim)
+    chain = layer.parametrizations.weight
+    index = slice(None) if dim is None else 1
+    with torch.no_grad():
+        chain.original1.movedim(dim or 0, 0)[index] = 0
+    weight = layer.weight
+    (weight - 1).square().sum().backward()
+    assert weight.isfinite().all()
+    assert weight.movedim(dim or 0, 0)[index].eq(0).all()
+    for gradient in (chain.original0.grad, chain.original1.grad):
+        assert gradient.isfinite().all()
+    assert chain.original1.grad.movedim(dim or 0, 0)[index].eq(0).all()
+    assert dim is None or not chain.original1.grad.movedim(dim, 0)[0].eq(0).any()
 
 
 @EVERY_MODULE

@@ -53,7 +53,7 @@ def model_of(impl: Impl) -> nn.Module:
 def test_26_a_value_that_is_not_finite_is_refused_by_name(impl: Impl) -> None:
     model = nn.Sequential(nn.Linear(4, 4), impl.N.weight_norm(nn.Linear(4, 4)))
     with torch.no_grad():
-        model[1].parametrizations.weight.original1[0] = 0
+        model[1].parametrizations.weight.original1[0, 0] = torch.nan
     message = ""
     try:
         fold(impl, model)
@@ -67,7 +67,7 @@ def test_26_a_value_that_is_not_finite_is_refused_by_name(impl: Impl) -> None:
 def test_26_removal_names_a_value_that_is_not_finite(impl: Impl) -> None:
     layer = impl.N.weight_norm(nn.Linear(4, 4))
     with torch.no_grad():
-        layer.parametrizations.weight.original1[0] = 0
+        layer.parametrizations.weight.original1[0, 0] = torch.nan
     with pytest.warns(UserWarning, match=r"Linear\.weight: not all values are finite"):
         impl.P.remove_parametrizations(layer, "weight")
 

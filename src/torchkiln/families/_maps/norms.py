@@ -69,10 +69,9 @@ def weight_normalize(V: Tensor, g: Tensor, dim: int) -> Tensor:
 
 def _has_kernel(V: Tensor) -> bool:
     """Say whether fused kernels serve; compilers and transforms want the formula in plain operations."""
-    plain = type(V) in (torch.nn.Parameter, Tensor) and (V.is_cpu or V.is_cuda) and V.numel() > 0
-    return plain and not (
-        is_recorded() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    if is_recorded() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return type(V) in (torch.nn.Parameter, Tensor) and (V.is_cpu or V.is_cuda) and V.numel() > 0
 
 
 def _weight_formula(V: Tensor, g: Tensor, dim: int) -> Tensor:
@@ -194,10 +193,10 @@ def spectral_normalize(
             u, v = u.to(wide.dtype), v.to(wide.dtype)
             return spectral_normalize(wide, u, v, dim, coefficient=coefficient, cap=cap).to(W.dtype)
     if (
-        W.numel() >= _LARGE
-        and W.requires_grad
+        W.requires_grad
         and torch.is_grad_enabled()
         and _has_kernel(W)
+        and W.numel() >= _LARGE
         and not W.is_complex()
     ):
         return _spectral_recorded(_Spectral(W, u, v, dim, coefficient, cap, W._version))
