@@ -154,7 +154,7 @@ def assert_same(ours: Any, expected: Any, *, at: str = "observation") -> None:
 def assert_same_error(ours: Any, expected: Exception, *, at: str = "error") -> None:
     """Ours is of torch's type, and its text begins with torch's; a printed module may be shortened."""
     assert isinstance(ours, type(expected)), f"{at}: expected {expected!r}, got {ours!r}"
-    text = str(expected)
+    text = expected.args[0] if isinstance(expected, KeyError) else str(expected)  # str() of one quotes it
     printed = re.search(r"(?s)^Module '?(?P<module>\w+\(.*\))'? (does not|has no)", text)
     if printed is None:
         assert str(ours).startswith(text), f"{at}: expected {text!r}, got {str(ours)!r}"

@@ -6,6 +6,7 @@
     +-- TorchkilnError
         +-- ParametrizationError (ValueError)   a parametrization, tensor or model is not what the call needs
         |   +-- NothingToFoldError              a strict bake found nothing to do
+        +-- ComputedTensorError (KeyError)      a parameter is to take the name of a computed tensor
         +-- InverseError (RuntimeError)         assignment needs a right_inverse that is not there
         +-- CheckpointError (ValueError)        a file cannot be read, understood or written
             +-- OutputExistsError (FileExistsError)
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 __all__ = [
     "CheckpointError",
+    "ComputedTensorError",
     "InverseError",
     "NothingToFoldError",
     "OutputExistsError",
@@ -38,6 +40,12 @@ class ParametrizationError(TorchkilnError, ValueError):
 
 class NothingToFoldError(ParametrizationError):
     """A strict bake or restore found nothing to do."""
+
+
+class ComputedTensorError(TorchkilnError, KeyError):
+    """A parameter is to take the name of a computed tensor."""
+
+    __str__ = Exception.__str__  # KeyError shows the repr of its message, which has two lines
 
 
 class InverseError(TorchkilnError, RuntimeError):

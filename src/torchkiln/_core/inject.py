@@ -9,6 +9,7 @@ other. See ``README.md`` beside this file.
 from __future__ import annotations
 
 import copyreg
+import functools
 import sys
 import weakref
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from torchkiln._core.cache import any_scope_open, cached_value, evaluate_once
 from torchkiln._core.chain import ParametrizationList
+from torchkiln._core.errors import ComputedTensorError
 from torchkiln._core.spellings.respell import read_every_spelling
 from torchkiln._core.stand_in import SWAP, swap_in, swapped_out
 from torchkiln._core.writes import watched
@@ -105,6 +107,7 @@ def _new_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
         "__getattr__": _missing_attribute(base),
         "__reduce_ex__": _reduce_ex,
         "__prepare_scriptable__": _refuse_scripting,
+        "register_parameter": _keeping_computed(base),
     }
     if base.forward not in _READ_ONCE:
         namespace["forward"] = evaluate_once(base)
@@ -181,6 +184,21 @@ def _missing_attribute(base: type[nn.Module]) -> Callable[[nn.Module, str], Any]
         return base_getattr(self, name) if chain is None else chain()
 
     return find
+
+
+def _keeping_computed(base: type[nn.Module]) -> Callable[..., None]:
+    """Return the ``register_parameter`` of an injected class, which ``module.weight = nn.Parameter(...)`` calls."""
+
+    @functools.wraps(base.register_parameter)
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if chain_of(self, name) is not None:
+            raise ComputedTensorError(
+                f"attribute '{name}' already exists: {base.__name__}.{name} is computed by a parametrization.\n"
+                f"Assign a tensor to set its value; to replace or to quantize it, torchkiln.bake(model) before."
+            )
+        base.register_parameter(self, name, param)
+
+    return register_parameter
 
 
 def _loading(cls: type[nn.Module]) -> Callable[..., None]:
