@@ -28,6 +28,7 @@ import torch.nn.utils.parametrizations as torch_parametrizations
 import torch.nn.utils.parametrize as torch_parametrize
 from torch import Tensor, nn
 
+from torchkiln._core.errors import TorchkilnError
 from torchkiln._core.writes import ComputedTensor
 
 
@@ -154,7 +155,9 @@ def assert_same(ours: Any, expected: Any, *, at: str = "observation") -> None:
 def assert_same_error(ours: Any, expected: Exception, *, at: str = "error") -> None:
     """Ours is of torch's type, and its text begins with torch's; a printed module may be shortened."""
     assert isinstance(ours, type(expected)), f"{at}: expected {expected!r}, got {ours!r}"
-    text = expected.args[0] if isinstance(expected, KeyError) else str(expected)  # str() of one quotes it
+    text = str(expected)
+    if isinstance(expected, KeyError) and isinstance(ours, TorchkilnError):
+        text = expected.args[0]  # str() of a KeyError quotes it
     printed = re.search(r"(?s)^Module '?(?P<module>\w+\(.*\))'? (does not|has no)", text)
     if printed is None:
         assert str(ours).startswith(text), f"{at}: expected {text!r}, got {str(ours)!r}"
