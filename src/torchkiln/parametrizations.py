@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.request import check_lazy, no_tensor
+from torchkiln._core.sharded import shard_of, share
 from torchkiln._core.state import AdvancingStep
 from torchkiln.families._maps import norms
 from torchkiln.families._maps import orthogonal as orthogonal_maps
@@ -197,6 +198,8 @@ def orthogonal(
 class _WeightNorm(nn.Module):
     """The step behind :func:`weight_norm`."""
 
+    sharding = "reduced"
+
     def __init__(self, dim: int | None = 0) -> None:
         super().__init__()
         self.dim = -1 if dim is None else dim
@@ -255,6 +258,7 @@ def weight_norm(module: ModuleT, name: str = "weight", dim: int | None = 0) -> M
 class _SpectralNorm(AdvancingStep):
     """The step behind :func:`spectral_norm`."""
 
+    sharding = "reduced"
     state_names = ("_u", "_v")
 
     def __init__(self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12) -> None:
@@ -276,7 +280,7 @@ class _SpectralNorm(AdvancingStep):
 
     def _start(self, M: Tensor) -> None:
         with torch.no_grad():
-            u, v = (M.new_empty(length).normal_() for length in M.shape)
+            u, v = (share(shard_of(M).new_empty(length).normal_(), M) for length in M.shape)
             u, v = F.normalize(u, dim=0, eps=self.eps), F.normalize(v, dim=0, eps=self.eps)
             u, v = norms.power_iteration(M, u, v, steps=15, eps=self.eps)
         self.register_buffer("_u", u)

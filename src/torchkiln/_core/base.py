@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +31,8 @@ class Parametrization(nn.Module):
         accepts: The numbers it is made for.
         differentiable: False where the gradient is not the derivative on purpose (straight-through).
         remembers: Plain attributes that ``right_inverse`` sets and ``forward`` reads; they go into the spec.
+        sharding: How it runs on a tensor that is sharded over processes: see ``_core/sharded.py``. By default on each
+            shard, where no dimension of an event is cut, and otherwise on the gathered tensor.
     """
 
     event_dim: ClassVar[int | None] = None
@@ -37,6 +40,11 @@ class Parametrization(nn.Module):
     accepts: ClassVar[Literal["real", "complex", "any"]] = "real"
     differentiable: ClassVar[bool] = True
     remembers: ClassVar[tuple[str, ...]] = ()
+    sharding: ClassVar[str] = "local"
+
+    def event_dims(self, ndim: int) -> Sequence[int]:
+        """Return the dimensions of a tensor with ``ndim`` dimensions that it acts along; the others are a batch."""
+        return range(0 if self.event_dim is None else ndim - self.event_dim, ndim)
 
     def right_inverse(self, X: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return originals that ``forward`` sends to ``X``, or to a point near it where it cannot reach ``X``.

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchkiln._core.attributes import parameter_like
 from torchkiln._core.checks import check_alike, check_output, initial_inverse, is_opaque
 from torchkiln._core.errors import InverseError, ParametrizationError
+from torchkiln._core.sharded import Placements, evaluate, invert, is_sharded, placements_of
 
 __all__ = [
     "ParametrizationList",
@@ -64,6 +65,7 @@ class ParametrizationList(nn.ModuleList):
     _stand_in: Tensor | None = (
         None  # what a functional call has put in the place of the value, see stand_in.py
     )
+    _placements: Placements | None = None  # of a tensor that was sharded when it was parametrized
 
     def __init__(self, modules: Sequence[nn.Module], original: Tensor, unsafe: bool = False) -> None:
         if len(modules) == 0:
@@ -73,6 +75,8 @@ class ParametrizationList(nn.ModuleList):
         # Set, though the class has it: torch.compile tells an attribute of the instance from one of the class.
         self._disabled_steps = ()
         self.unsafe = unsafe
+        if is_sharded(original):
+            self._placements = placements_of(original)
         with torch.no_grad():
             inverse = initial_inverse(modules, original)
         self.is_tensor = isinstance(inverse, Tensor)
@@ -131,7 +135,11 @@ class ParametrizationList(nn.ModuleList):
         if self._stand_in is not None:
             return self._stand_in
         original = self._parameters.get("original")
-        x: Tensor = steps["0"](*self.originals()) if original is None else steps["0"](original)
+        inputs = self.originals() if original is None else (original,)
+        for one in inputs:
+            if type(one) is not nn.Parameter and is_sharded(one):
+                return self._forward_of_sharded(inputs)
+        x: Tensor = steps["0"](*inputs)
         if len(steps) > 1:
             index = 1
             while (step := steps.get(str(index))) is not None:
@@ -141,11 +149,19 @@ class ParametrizationList(nn.ModuleList):
 
     def _forward_of_enabled(self) -> Tensor:
         steps, originals = enabled_steps(self), self.originals()
+        if any(map(is_sharded, originals)):
+            return self._forward_of_sharded(originals)
         # A first step with several originals cannot be disabled.
         x: Tensor = originals[0] if self.is_tensor else steps.pop(0)(*originals)
         for step in steps:
             x = step(x)
         return x
+
+    def _forward_of_sharded(self, originals: tuple[Any, ...]) -> Tensor:
+        x = originals
+        for step in enabled_steps(self):
+            x = (evaluate(step, x, self._placements),)
+        return x[0]  # type: ignore[no-any-return]  # originals may be opaque objects
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add a step, or a submodule that is none."""
@@ -182,7 +198,7 @@ class ParametrizationList(nn.ModuleList):
                     raise InverseError(
                         f"parametrization {type(step).__name__} does not implement right_inverse."
                     )
-                inverse = step.right_inverse(inverse)  # type: ignore[operator]  # mypy: Tensor | Module
+                inverse = invert(step, inverse)
             if self.is_tensor:
                 self._assign_single(inverse)
             else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from torchkiln._core.errors import ParametrizationError
+from torchkiln._core.sharded import evaluate, invert, is_sharded
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -46,7 +47,7 @@ def check_output(value: Tensor, output: object, flag: str, labels: tuple[str, st
 
 def check_step(value: Tensor, step: nn.Module, name: str) -> None:
     """Raise unless a further ``step`` maps tensors like ``value`` to tensors like ``value``, both ways."""
-    output = step(value)
+    output: object = evaluate(step, (value,), None) if is_sharded(value) else step(value)
     check_output(
         value, output, "the `unsafe` flag", (f"module.{name}.{{}}", f"parametrization(module.{name}).{{}}")
     )
@@ -81,7 +82,7 @@ def _inverse(step: nn.Module, value: Any) -> Any:
     if not hasattr(step, "right_inverse"):
         return value
     try:
-        return step.right_inverse(value)  # type: ignore[operator]  # mypy: Tensor | Module
+        return invert(step, value)
     except NotImplementedError as error:
         if not says_no_inverse(error):
             raise

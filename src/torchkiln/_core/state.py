@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.chain import chains_of, is_parametrized
+from torchkiln._core.sharded import beside
 from torchkiln._core.tracing import is_recorded
 
 __all__ = ["AdvancingStep", "advances_state", "follow_forward", "frozen", "unfollow_forward", "value_at_rest"]
@@ -105,7 +106,7 @@ class AdvancingStep(nn.Module):
         # In place: DistributedDataParallel and DataParallel hold on to the buffers themselves.
         with torch.no_grad():
             for buffer, tensor in zip(self._state_buffers(), state, strict=True):
-                buffer.copy_(tensor)
+                buffer.copy_(beside(tensor, buffer))
 
     def _advanced_in_place(self, x: Tensor, buffers: State) -> State:
         with torch.no_grad():

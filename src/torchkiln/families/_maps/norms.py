@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchkiln._core.sharded import beside, is_sharded, settled, whole
 from torchkiln._core.tracing import is_recorded
 from torchkiln.families._maps.precision import full_precision, widen
 
@@ -38,8 +39,15 @@ def norm_except(V: Tensor, dim: int) -> Tensor:
     others = None if dim == -1 else _others(V, dim)
     if others == []:
         return V.abs()
+    if is_sharded(V):
+        return _squares(V, others).sqrt()
     norm: Tensor = torch.linalg.vector_norm(V, dim=others, keepdim=others is not None)
     return norm
+
+
+def _squares(V: Tensor, others: list[int] | None) -> Tensor:
+    """Return the sums of squares of a sharded tensor. Its own norms may be left to be summed, and add up wrongly."""
+    return settled(V.abs().square().sum(others, keepdim=others is not None))
 
 
 def _others(V: Tensor, dim: int) -> list[int]:
@@ -76,10 +84,17 @@ def _has_kernel(V: Tensor) -> bool:
 
 def _weight_formula(V: Tensor, g: Tensor, dim: int) -> Tensor:
     wide = widen(V)
-    norm = norm_except(wide, dim)
-    # Divided by infinity, a slice of zeros is zero, and so are its derivatives.
-    W = wide * (widen(g) / norm.masked_fill(norm == 0, torch.inf))
+    W = wide * (beside(widen(g), wide) / _norm_or_infinity(wide, dim))
     return W.to(torch.promote_types(V.dtype, g.dtype))
+
+
+def _norm_or_infinity(V: Tensor, dim: int) -> Tensor:
+    # Divided by infinity, a slice of zeros is zero, and so are its derivatives.
+    if is_sharded(V) and V.ndim > (dim != -1):
+        squares = _squares(V, None if dim == -1 else _others(V, dim))
+        return squares.masked_fill(squares == 0, torch.inf).sqrt()  # no root of 0 to differentiate
+    norm = norm_except(V, dim)
+    return norm.masked_fill(norm == 0, torch.inf)
 
 
 def _weight_gradients(
@@ -142,13 +157,13 @@ def power_iteration(
     dtype = u.dtype
     with full_precision(M):
         M = widen(M)
-        u, v = u.to(M.dtype), v.to(M.dtype)
+        u, v = whole(u).to(M.dtype), whole(v).to(M.dtype)
         for _ in range(steps if tolerance is None else _MOST_STEPS):
-            image = torch.mv(M, v)
+            image = whole(torch.mv(M, beside(v, M)))
             if tolerance is not None and _is_aligned(image, u, tolerance):
                 break
             u = unit(image, eps, u)
-            v = unit(torch.mv(M.mH, u), eps, v)
+            v = unit(whole(torch.mv(M.mH, beside(u, M))), eps, v)
     return u.to(dtype), v.to(dtype)
 
 
@@ -200,7 +215,7 @@ def spectral_normalize(
         and not W.is_complex()
     ):
         return _spectral_recorded(_Spectral(W, u, v, dim, coefficient, cap, W._version))
-    return W / divisor(_sigma(W, u, v, dim), coefficient, cap=cap)
+    return W / beside(divisor(_sigma(W, u, v, dim), coefficient, cap=cap), W)
 
 
 def divisor(norm: Tensor, coefficient: float, *, cap: bool) -> Tensor:
@@ -222,7 +237,7 @@ def divisor(norm: Tensor, coefficient: float, *, cap: bool) -> Tensor:
 def _sigma(W: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
     # The ONNX exporter by TorchScript knows dot, but not vdot.
     dot = torch.vdot if W.is_complex() else torch.dot
-    return dot(u, torch.mv(as_matrix(W, dim), v))
+    return dot(whole(u), whole(torch.mv(as_matrix(W, dim), beside(v, W))))
 
 
 # Below, autograd's own operations cost less than a call of Python.

@@ -1,0 +1,256 @@
+"""A step on tensors that are sharded over processes: on each shard, with reductions, or on the gathered tensor.
+
+A sharded tensor is a ``DTensor``: tensor parallelism makes weights of that kind, and FSDP2 between two forwards. How a
+step runs on one is said in one place, the attribute ``sharding`` of its class:
+
+``"local"``
+    On each shard by itself, where no dimension that is cut is one that it acts along (``event_dims``); else gathered.
+``"reduced"``
+    On the sharded tensors themselves; it calls :func:`settled`, :func:`whole` and :func:`beside` where it reduces.
+``"gathered"``
+    On the full tensors, on every process, which is always right: what a step runs as that says nothing.
+anything else
+    Not at all: the text is the reason.
+
+Whatever the way, the result has the placements of the plain tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchkiln._core.errors import ParametrizationError
+
+__all__ = [
+    "beside",
+    "evaluate",
+    "holds_everywhere",
+    "invert",
+    "is_sharded",
+    "placements_of",
+    "settled",
+    "shard_of",
+    "share",
+    "whole",
+]
+
+Placements = tuple[Any, ...]
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
+def is_sharded(value: object) -> bool:
+    """Return whether ``value`` is a ``DTensor``; without importing what makes them."""
+    if type(value) in _PLAIN:  # most are, and reads ask
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def placements_of(tensor: object) -> Placements | None:
+    """Return how ``tensor`` lies on the processes; None for a plain tensor."""
+    return tuple(cast(Any, tensor).placements) if is_sharded(tensor) else None
+
+
+# --- what a step needs that reduces ---------------------------------------------------------------------------------
+
+
+def settled(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` with the sums that are still due over processes made; a plain tensor as it is."""
+    placements = placements_of(tensor)
+    if placements is None or not any(one.is_partial() for one in placements):
+        return tensor
+    return _redistributed(tensor, tuple(_replicate() if one.is_partial() else one for one in placements))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of ``tensor`` as a plain tensor, the same on every process."""
+    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def beside(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return ``tensor``, which every process has, as one that operations with ``other`` take."""
+    if not is_sharded(other) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    mesh = cast(Any, other).device_mesh
+    return cast(Tensor, DTensor.from_local(tensor, mesh, [_replicate()] * mesh.ndim, run_check=False))
+
+
+def shard_of(tensor: Tensor) -> Tensor:
+    """Return what this process has of ``tensor``."""
+    return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+
+
+def share(tensor: Tensor, like: Tensor) -> Tensor:
+    """Give ``tensor`` the value of the first of the processes that ``like`` is sharded over, in place."""
+    if is_sharded(like) and not is_sharded(tensor):
+        mesh = cast(Any, like).device_mesh
+        for group in map(mesh.get_group, range(mesh.ndim)):
+            torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, 0), group=group)
+    return tensor
+
+
+def holds_everywhere(condition: bool, tensor: Tensor) -> bool:
+    """Return whether a condition on its own shard of ``tensor`` holds on each process."""
+    if not is_sharded(tensor):
+        return condition
+    mesh = cast(Any, tensor).device_mesh
+    vote = torch.tensor(int(condition), device=shard_of(tensor).device)
+    for group in map(mesh.get_group, range(mesh.ndim)):
+        torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN, group=group)
+    return bool(vote)
+
+
+def _replicate() -> Any:
+    from torch.distributed.tensor import Replicate
+
+    return Replicate()
+
+
+def _redistributed(tensor: Tensor, placements: Sequence[Any]) -> Tensor:
+    return cast(Tensor, cast(Any, tensor).redistribute(placements=tuple(placements)))
+
+
+# --- forward --------------------------------------------------------------------------------------------------------
+
+
+def evaluate(step: nn.Module, inputs: Sequence[Tensor], placements: Placements | None) -> Tensor:
+    """Return ``step(*inputs)`` where some of the inputs are sharded.
+
+    Args:
+        step: The step.
+        inputs: What it takes.
+        placements: How the result is to lie on the processes, where no input of its shape says so.
+    """
+    way = _way(step)
+    if way == "reduced":
+        value = settled(_tensor(step(*inputs)))
+    elif way == "local" and len(inputs) == 1 and _runs_on_shards(step, inputs[0]):
+        value = _on_shard(step, inputs[0])
+    else:
+        value = _on_whole(step, inputs)
+    mesh_tensor = _like(inputs, value)
+    wanted = _fit(_wanted(mesh_tensor, value, placements), value)
+    if not is_sharded(value):
+        value = beside(value, mesh_tensor)
+    return value if placements_of(value) == wanted else _redistributed(value, wanted)
+
+
+def _way(step: nn.Module) -> str:
+    way: str = getattr(type(step), "sharding", "gathered")
+    if way not in ("local", "reduced", "gathered"):
+        raise ParametrizationError(f"{type(step).__name__} does not run on a sharded tensor: {way}")
+    return way
+
+
+def _runs_on_shards(step: nn.Module, x: Tensor) -> bool:
+    """Return whether no dimension that is cut is one that ``step`` acts along, and it has no tensors of its own."""
+    placements = placements_of(x) or ()
+    if next(step.parameters(), None) is not None or next(step.buffers(), None) is not None:
+        return False
+    acts_along: Callable[[int], Sequence[int]] = getattr(step, "event_dims", lambda _: ())
+    cut = {one.dim % x.ndim for one in placements if hasattr(one, "dim")}
+    return cut.isdisjoint(dim % x.ndim for dim in acts_along(x.ndim))
+
+
+def _on_shard(step: nn.Module, x: Tensor) -> Tensor:
+    x = settled(x)
+    return _sharded_as(x, _tensor(step(shard_of(x))))
+
+
+def _sharded_as(x: Tensor, shard: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = cast(Any, x).device_mesh, placements_of(x)
+    return cast(
+        Tensor,
+        DTensor.from_local(shard, mesh, placements, run_check=False, shape=x.shape, stride=x.stride()),
+    )
+
+
+def _on_whole(step: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    named = (*step.named_parameters(), *step.named_buffers())
+    own = {name: whole(tensor) for name, tensor in named if is_sharded(tensor)}
+    full = tuple(whole(one) for one in inputs)
+    return _tensor(torch.func.functional_call(step, own, full) if own else step(*full))
+
+
+def _tensor(value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ParametrizationError(f"A parametrization must return a tensor. Got {type(value).__name__}.")
+    return value
+
+
+def _like(inputs: Sequence[Tensor], value: Tensor) -> Tensor:
+    """Return the input that tells where the value lies: the last one of its shape, else the last that is sharded."""
+    sharded = [one for one in inputs if is_sharded(one)]
+    return next((one for one in reversed(sharded) if one.shape == value.shape), sharded[-1])
+
+
+def _wanted(like: Tensor, value: Tensor, placements: Placements | None) -> Placements:
+    own = placements_of(settled(like)) or ()
+    if placements is None or like.shape == value.shape:
+        return own
+    # An engine around that shards in a further way puts its axis before the ones there were.
+    return (*own[: len(own) - len(placements)], *placements)
+
+
+def _fit(placements: Placements, tensor: Tensor, shape: torch.Size | None = None) -> Placements:
+    """Return the placements for ``tensor``, replicated where it has not the dimension that is cut.
+
+    With ``shape``, that of the tensor which the placements are from, the dimension must also have its size.
+    """
+
+    def fits(dim: int) -> bool:
+        in_range = -tensor.ndim <= dim < tensor.ndim
+        return in_range and (shape is None or (dim < len(shape) and shape[dim] == tensor.shape[dim]))
+
+    return tuple(one if not hasattr(one, "dim") or fits(one.dim) else _replicate() for one in placements)
+
+
+# --- right inverse --------------------------------------------------------------------------------------------------
+
+
+def invert(step: nn.Module, value: Tensor) -> Any:
+    """Return ``step.right_inverse(value)``; for a sharded ``value`` originals that lie as it does.
+
+    What is computed on the full tensor is the first process's, which may have drawn random numbers, and so are the
+    buffers of the step afterwards.
+    """
+    right_inverse: Callable[[Tensor], Any] = step.right_inverse  # type: ignore[assignment]  # mypy: Tensor | Module
+    if not is_sharded(value):
+        return right_inverse(value)
+    way = _way(step)
+    if way == "reduced":
+        return _each(right_inverse(value), settled)
+    if way == "local" and not getattr(step, "remembers", ()) and _runs_on_shards(step, value):
+        shard = right_inverse(shard_of(value))
+        if isinstance(shard, Tensor):
+            return _sharded_as(value, shard)
+    return _inverse_of_whole(step, right_inverse, value)
+
+
+def _inverse_of_whole(step: nn.Module, right_inverse: Callable[[Tensor], Any], value: Tensor) -> Any:
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = cast(Any, value).device_mesh, placements_of(value) or ()
+    result = right_inverse(whole(value))
+    for buffer in step.buffers():
+        share(buffer, value)
+    return _each(
+        result, lambda one: distribute_tensor(one.contiguous(), mesh, _fit(placements, one, value.shape))
+    )
+
+
+def _each(result: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(result, Tensor):
+        return change(result)
+    if isinstance(result, Sequence):
+        return [change(one) if isinstance(one, Tensor) else one for one in result]
+    return result
