@@ -58,12 +58,21 @@ class Parametrization(nn.Module):
     def project(self, X: Tensor) -> Tensor:
         """Return the value that a tensor with the value ``X`` takes when this is registered on it.
 
-        ``X`` itself where it satisfies the constraint; ``(X - family.project(X)).norm()`` is what registering changes.
+        ``X`` itself, to the rounding, where it satisfies the constraint.
         """
         twin = deepcopy(self)
         originals = twin.right_inverse(X)
         projected: Tensor = twin(originals) if isinstance(originals, Tensor) else twin(*originals)
         return projected
+
+    def displacement(self, X: Tensor) -> Tensor:
+        """Return how far registering this moves a tensor of value ``X``: a float64 scalar, the Euclidean distance.
+
+        Ask before registering, while the value is there: ``Orthogonal().displacement(layer.weight)``.
+        """
+        wide = torch.promote_types(X.dtype, torch.float64)
+        distance: Tensor = torch.linalg.vector_norm(X.detach().to(wide) - self.project(X).to(wide))
+        return distance
 
     def residual(self, X: Tensor) -> Tensor:
         """Return how far ``X`` is from the constraint: a float64 scalar, the largest violation; 0 on the constraint.

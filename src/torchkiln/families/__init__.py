@@ -4,8 +4,8 @@ Each is registered without shapes, which are read from the tensor::
 
     register_parametrization(module, "weight", Orthogonal())
 
-A value that satisfies the constraint is kept; another is projected, and ``family.residual(X)`` and
-``family.project(X)`` say beforehand how far it is and where it goes.
+A value that satisfies the constraint is kept; another is projected. Beforehand ``family.residual(X)`` says how far
+off the constraint it is, ``family.project(X)`` where it goes, and ``family.displacement(X)`` how far that is.
 """
 
 from __future__ import annotations

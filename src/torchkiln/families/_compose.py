@@ -75,6 +75,10 @@ class Product(Parametrization):
             )
         return torch.split(W, list(self.sizes), self.dim)
 
+    def _from_normal(self, Z: Tensor) -> Tensor:
+        parts = zip(self.families, self._split(Z), strict=True)
+        return torch.cat([_from_normal(family, part) for family, part in parts], self.dim)
+
     def residual(self, W: Tensor) -> Tensor:
         return largest(
             *(_residual(family, part) for family, part in zip(self.families, self._split(W), strict=True))
@@ -132,6 +136,13 @@ class Chain(Parametrization):
             inverse = family.right_inverse(inverse)  # type: ignore[operator]  # mypy: Tensor | Module
         return inverse  # type: ignore[no-any-return]  # as the first family's
 
+    def _from_normal(self, Z: Tensor) -> Tensor:
+        first, *others = self.families
+        W = _from_normal(first, Z)
+        for family in others:
+            W = family(W)
+        return W
+
     def residual(self, W: Tensor) -> Tensor:
         return _residual(self.families[-1], W)
 
@@ -187,6 +198,10 @@ def _as_tuple(originals: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _or_none(family: nn.Module) -> nn.Module | None:
     return family if isinstance(family, Parametrization) else None
+
+
+def _from_normal(family: nn.Module, Z: Tensor) -> Tensor:
+    return family._from_normal(Z) if isinstance(family, Parametrization) else Z
 
 
 def _residual(family: nn.Module, W: Tensor) -> Tensor:

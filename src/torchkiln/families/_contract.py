@@ -13,7 +13,17 @@ from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import ParametrizationError
 from torchkiln.families._maps.precision import full_precision, widen
 
-__all__ = ["check_argument", "check_tensor", "computed", "inverted", "largest", "square_or_tall"]
+__all__ = [
+    "Projection",
+    "check_argument",
+    "check_positive",
+    "check_tensor",
+    "computed",
+    "described",
+    "inverted",
+    "largest",
+    "square_or_tall",
+]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -51,6 +61,41 @@ def inverted(right_inverse: Method) -> Method:
     return cast(Method, method)
 
 
+class Projection(Parametrization):
+    """A family whose forward *is* the projection onto the constraint: the same map leads there and back.
+
+    The original has the tensor's shape, and for an orthogonal projection the gradient is the Riemannian one. A family
+    says what its projection is; that a third of the catalogue is of this kind is why there is a second abstract class.
+    """
+
+    def _nearest(self, X: Tensor) -> Tensor:
+        """Return the point of the constraint that ``X`` is sent to, ``X`` itself where it is one."""
+        raise NotImplementedError(type(self).__name__)
+
+    @computed
+    def forward(self, X: Tensor) -> Tensor:
+        """Return the point of the constraint that ``X`` is sent to."""
+        return self._nearest(X)
+
+    @inverted
+    def right_inverse(self, X: Tensor) -> Tensor:
+        """Return the same point: ``forward`` keeps it."""
+        return self._nearest(X)
+
+    def residual(self, X: Tensor) -> Tensor:
+        """Return the largest difference between ``X`` and its projection."""
+        wide = X.to(torch.promote_types(X.dtype, torch.float64))
+        return largest(wide - self._nearest(wide))
+
+    def _from_normal(self, Z: Tensor) -> Tensor:
+        return self._nearest(Z)
+
+
+def described(family: Parametrization) -> str:
+    """Return class and arguments on one line: the repr of a family made of others has several."""
+    return f"{type(family).__name__}({family.extra_repr()})"
+
+
 def check_tensor(family: Parametrization, X: Tensor) -> None:
     """Raise unless ``X`` has the dimensions and the kind of numbers that ``family`` is made for.
 
@@ -82,6 +127,17 @@ def check_argument(family: object, *, argument: str, value: object, choices: obj
         raise ParametrizationError(
             f"{type(family).__name__}: {argument} must be one of {names}, got {value!r}."
         )
+
+
+def check_positive(family: object, **arguments: float) -> None:
+    """Raise unless every one of these arguments is above 0.
+
+    Raises:
+        ParametrizationError: Names the first that is not.
+    """
+    for name, value in arguments.items():
+        if not value > 0:
+            raise ParametrizationError(f"{type(family).__name__} needs {name} > 0, got {value}.")
 
 
 @torch.no_grad()

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import ParametrizationError
-from torchkiln.families._contract import check_argument, computed, inverted, largest
+from torchkiln.families._contract import (
+    check_argument,
+    check_positive,
+    computed,
+    described,
+    inverted,
+    largest,
+)
 from torchkiln.families._maps import definite as maps
 from torchkiln.families._maps.elementwise import POSITIVE
 from torchkiln.families._maps.frames import first_columns, nearest_frame, retract
@@ -93,9 +100,9 @@ class PositiveSemidefinite(Parametrization):
     The original is L: n r numbers.
 
     Numerics:
-        Exact on the constraint up to the root of the rounding unit for the smallest eigenvalues; off it the nearest
-        point. L is determined up to a rotation. Differentiable everywhere; the derivative is singular where the rank
-        falls below r.
+        Exact on the constraint to the rounding unit of the largest eigenvalue, which the smallest ones are raised to;
+        off it the nearest point. L is determined up to a rotation. Differentiable everywhere; the derivative is
+        singular where the rank falls below r.
 
     Args:
         rank: The largest rank; None for the size of the matrix.
@@ -187,7 +194,9 @@ class FixedRankSemidefinite(Parametrization):
 def _rank(family: Parametrization, rank: int | None, A: Tensor) -> int:
     n = A.shape[-1]
     if rank is not None and not 0 < rank <= n:
-        raise ParametrizationError(f"{family}: the rank must be from 1 to {n} for shape {tuple(A.shape)}.")
+        raise ParametrizationError(
+            f"{described(family)}: the rank must be from 1 to {n} for shape {tuple(A.shape)}."
+        )
     return n if rank is None else rank
 
 
@@ -256,7 +265,7 @@ class DiagonalPlusLowRank(Parametrization):
                 [1., 1., 2.]])
 
     References:
-        Harman, "Modern Factor Analysis" (1976), chapter 8.
+        Harman and Jones, "Minres", doi:10.1007/BF02289468.
     """
 
     event_dim = 2
@@ -355,6 +364,7 @@ class SchurStable(Parametrization):
 
     def __init__(self, radius: float = 1.0) -> None:
         super().__init__()
+        check_positive(self, radius=radius)
         self.radius = radius
 
     @computed

@@ -22,9 +22,9 @@ class Positive(Parametrization):
     ``"square"`` reaches 0.
 
     Numerics:
-        The inverse is exact for positive numbers of any size; others go to the rounding unit of the dtype (0 for
-        ``"square"``), where the derivative is tiny (zero). Differentiable everywhere. ``"exp"`` overflows at 88 in
-        float32.
+        The inverse is exact for positive numbers of any size; others go to the rounding unit of the dtype, where the
+        derivative is tiny. ``"square"`` keeps a 0, where its derivative is 0. Differentiable everywhere. ``"exp"``
+        overflows at 88 in float32.
 
     Args:
         map: ``"softplus"``, ``"exp"`` or ``"square"``.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import ParametrizationError
-from torchkiln.families._contract import computed, inverted, largest
+from torchkiln.families._contract import computed, described, inverted, largest
 from torchkiln.families._definite import PositiveDefinite
 from torchkiln.families._maps.elementwise import POSITIVE
 from torchkiln.families._orthogonal import SpecialOrthogonal, Stiefel
@@ -17,8 +17,15 @@ __all__ = ["PLU", "FixedRank", "Invertible", "LowRank", "SpecialLinear"]
 
 def _check_rank(family: Parametrization, rank: int, A: Tensor) -> None:
     if not 0 < rank <= min(A.shape[-2:]):
-        most = min(A.shape[-2:])
-        raise ParametrizationError(f"{family}: the rank must be from 1 to {most} for shape {tuple(A.shape)}.")
+        raise ParametrizationError(
+            f"{described(family)}: the rank must be from 1 to {min(A.shape[-2:])} for shape {tuple(A.shape)}."
+        )
+
+
+def _factors(A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first ``rank`` left singular vectors, singular values and right singular vectors, as columns."""
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    return U[..., :rank], S[..., :rank], Vh[..., :rank, :].mH
 
 
 class LowRank(Parametrization):
@@ -60,9 +67,8 @@ class LowRank(Parametrization):
     @inverted
     def right_inverse(self, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _check_rank(self, self.rank, A)
-        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-        X = self.left.right_inverse(U[..., : self.rank])
-        return X, S[..., : self.rank], self.right.right_inverse(Vh[..., : self.rank, :].mH)
+        U, S, V = _factors(A, self.rank)
+        return self.left.right_inverse(U), S, self.right.right_inverse(V)
 
     def residual(self, A: Tensor) -> Tensor:
         return largest(torch.linalg.svdvals(A)[..., self.rank :])
@@ -108,13 +114,8 @@ class FixedRank(Parametrization):
     @inverted
     def right_inverse(self, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _check_rank(self, self.rank, A)
-        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-        s: Tensor = POSITIVE["softplus"][1](S[..., : self.rank])
-        return (
-            self.left.right_inverse(U[..., : self.rank]),
-            s,
-            self.right.right_inverse(Vh[..., : self.rank, :].mH),
-        )
+        U, S, V = _factors(A, self.rank)
+        return self.left.right_inverse(U), POSITIVE["softplus"][1](S), self.right.right_inverse(V)
 
     def residual(self, A: Tensor) -> Tensor:
         values = torch.linalg.svdvals(A)
@@ -135,8 +136,8 @@ class Invertible(Parametrization):
 
     Numerics:
         Exact on the constraint, with the conditioning of the matrix. A matrix of negative determinant is reflected
-        along its least singular vector, which is twice as far as the border but well inside; a singular value of 0
-        becomes the rounding unit. Differentiable everywhere.
+        along its least singular vector, which is twice as far as the border but well inside; a singular value of 0, to
+        the rounding, becomes the root of the rounding unit. Differentiable everywhere.
 
     Example:
         >>> A = Invertible().project(torch.tensor([[2.0, 0.0], [0.0, -1.0]]))
@@ -178,7 +179,8 @@ class SpecialLinear(Parametrization):
     For maps that preserve volume. Originals as of :class:`Invertible`.
 
     Numerics:
-        As :class:`Invertible`; off the constraint a matrix is scaled to determinant 1.
+        As :class:`Invertible`; off the constraint a matrix is scaled to determinant 1. The determinant
+        is 1 to the rounding times the condition number.
 
     Example:
         >>> torch.linalg.det(SpecialLinear().project(torch.diag(torch.tensor([2.0, 8.0]))))
@@ -197,21 +199,24 @@ class SpecialLinear(Parametrization):
 
     @computed
     def forward(self, X: Tensor, Y: Tensor) -> Tensor:
-        Q, P = self.rotation.forward(X), self.stretch.forward(Y)
-        logarithm = torch.linalg.slogdet(P).logabsdet / max(P.shape[-1], 1)
-        return Q @ (P * torch.exp(-logarithm)[..., None, None])
+        return self.rotation.forward(X) @ _unimodular(self.stretch.forward(Y))
 
     @inverted
     def right_inverse(self, A: Tensor) -> tuple[Tensor, Tensor]:
         Q, P = _polar_factors(A)
-        return self.rotation.right_inverse(Q), self.stretch.right_inverse(P)
+        return self.rotation.right_inverse(Q), self.stretch.right_inverse(_unimodular(P))
 
     def residual(self, A: Tensor) -> Tensor:
-        return largest(torch.linalg.det(A) - 1)
+        return largest(torch.linalg.det(A.double()) - 1)
 
     def _from_normal(self, Z: Tensor) -> Tensor:
-        A = _positive_determinant(Z)
-        return A * torch.exp(-torch.linalg.slogdet(A).logabsdet / max(A.shape[-1], 1))[..., None, None]
+        return _unimodular(_positive_determinant(Z))
+
+
+def _unimodular(A: Tensor) -> Tensor:
+    """Return ``A``, of positive determinant, scaled to determinant 1."""
+    logarithm = torch.linalg.slogdet(A).logabsdet / max(A.shape[-1], 1)
+    return A * torch.exp(-logarithm)[..., None, None]
 
 
 def _polar_factors(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,8 +225,8 @@ def _polar_factors(A: Tensor) -> tuple[Tensor, Tensor]:
     turns = torch.linalg.det(U @ Vh)
     if A.shape[-1]:
         U = torch.cat([U[..., :-1], U[..., -1:] * turns[..., None, None]], -1)
-        floor = S[..., :1] * torch.finfo(S.dtype).eps * A.shape[-1]
-        S = torch.maximum(S, floor)
+        scale, eps = torch.where(S[..., :1] > 0, S[..., :1], 1), torch.finfo(S.dtype).eps
+        S = torch.where(scale * eps * A.shape[-1] < S, S, scale * eps**0.5)
     P = (Vh.mH * S[..., None, :]) @ Vh
     return U @ Vh, (P + P.mH) / 2
 
@@ -244,8 +249,8 @@ class PLU(Parametrization):
 
     .. math:: A = P L (U + \mathrm{diag}(\varsigma \odot e^s))
 
-    The permutation P and the signs are buffers, from the value at registration; the original has L below its diagonal,
-    U above it and s on it.
+    The permutation P (as the row of LU that each row is) and the signs are buffers, from the value at registration;
+    the original has L below its diagonal, U above it and s on it.
 
     Numerics:
         Exact for invertible matrices, with partial pivoting; a singular one gets the rounding unit on the diagonal.
@@ -264,12 +269,12 @@ class PLU(Parametrization):
 
     event_dim = 2
     square = True
-    permutation: Tensor | None
+    rows: Tensor | None
     signs: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("permutation", None)
+        self.register_buffer("rows", None)
         self.register_buffer("signs", None)
 
     @computed
@@ -278,7 +283,7 @@ class PLU(Parametrization):
         d = X.diagonal(dim1=-2, dim2=-1).exp()
         signed = d if self.signs is None else d * self.signs.to(X.dtype)
         product = (X.tril(-1) + I) @ (X.triu(1) + torch.diag_embed(signed))
-        return product if self.permutation is None else self.permutation.to(X.dtype) @ product
+        return product if self.rows is None else product.take_along_dim(self.rows[..., None], -2)
 
     @inverted
     def right_inverse(self, A: Tensor) -> Tensor:
@@ -286,6 +291,7 @@ class PLU(Parametrization):
         d = U.diagonal(dim1=-2, dim2=-1)
         scale = d.abs().amax(-1, keepdim=True) if d.shape[-1] else d
         floor = torch.where(scale > 0, scale, 1) * torch.finfo(d.dtype).eps
-        self.permutation, self.signs = P.contiguous(), torch.where(d < 0, -1.0, 1.0).to(A.dtype)
+        self.rows = P.argmax(-1) if d.shape[-1] else P.new_empty(P.shape[:-1], dtype=torch.int64)
+        self.signs = torch.where(d < 0, -1.0, 1.0).to(A.dtype)
         result: Tensor = L.tril(-1) + U.triu(1) + torch.diag_embed(torch.where(d == 0, floor, d.abs()).log())
         return result

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import ParametrizationError
-from torchkiln.families._contract import check_argument, computed, inverted, largest
+from torchkiln.families._contract import (
+    Projection,
+    check_argument,
+    check_positive,
+    computed,
+    inverted,
+    largest,
+)
 from torchkiln.families._maps import linear as maps
 from torchkiln.families._maps.elementwise import POSITIVE, Map
 
@@ -93,7 +100,7 @@ class Triangular(Parametrization):
         return self._with_diagonal(Z, torch.exp)
 
 
-class Diagonal(Parametrization):
+class Diagonal(Projection):
     r"""Keep a matrix diagonal; it need not be square.
 
     .. math:: D_{ij} = \delta_{ij} X_{ij}
@@ -110,22 +117,11 @@ class Diagonal(Parametrization):
     event_dim = 2
     accepts = "any"
 
-    @computed
-    def forward(self, X: Tensor) -> Tensor:
+    def _nearest(self, X: Tensor) -> Tensor:
         return X.tril().triu()
 
-    @inverted
-    def right_inverse(self, D: Tensor) -> Tensor:
-        return D.tril().triu()
 
-    def residual(self, D: Tensor) -> Tensor:
-        return largest(D.tril(-1), D.triu(1))
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return Z.tril().triu()
-
-
-class Banded(Parametrization):
+class Banded(Projection):
     r"""Keep a matrix banded: zero below ``lower`` subdiagonals and above ``upper`` superdiagonals.
 
     .. math:: B_{ij} = X_{ij} \text{ for } -u \le i - j \le l, \text{ else } 0
@@ -151,22 +147,11 @@ class Banded(Parametrization):
         super().__init__()
         self.lower, self.upper = lower, upper
 
-    @computed
-    def forward(self, X: Tensor) -> Tensor:
+    def _nearest(self, X: Tensor) -> Tensor:
         return X.tril(self.upper).triu(-self.lower)
 
-    @inverted
-    def right_inverse(self, B: Tensor) -> Tensor:
-        return B.tril(self.upper).triu(-self.lower)
 
-    def residual(self, B: Tensor) -> Tensor:
-        return largest(B.triu(self.upper + 1), B.tril(-self.lower - 1))
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return Z.tril(self.upper).triu(-self.lower)
-
-
-class Masked(Parametrization):
+class Masked(Projection):
     r"""Keep the entries at zero where a mask is zero.
 
     .. math:: Y = M \odot X
@@ -195,26 +180,20 @@ class Masked(Parametrization):
         super().__init__()
         self.register_buffer("mask", None if mask is None else mask.detach().bool())
 
-    @computed
-    def forward(self, X: Tensor) -> Tensor:
+    def _nearest(self, X: Tensor) -> Tensor:
         return torch.where(self.mask, X, 0)
 
     @inverted
-    def right_inverse(self, Y: Tensor) -> Tensor:
-        fits = self.mask.ndim <= Y.ndim and all(
-            m in (1, y) for m, y in zip(self.mask.shape[::-1], Y.shape[::-1], strict=False)
+    def right_inverse(self, X: Tensor) -> Tensor:
+        fits = self.mask.ndim <= X.ndim and all(
+            m in (1, x) for m, x in zip(self.mask.shape[::-1], X.shape[::-1], strict=False)
         )
         if not fits:
             raise ParametrizationError(
-                f"Masked: a mask of shape {tuple(self.mask.shape)} does not fit shape {tuple(Y.shape)}."
+                f"Masked: a mask of shape {tuple(self.mask.shape)} does not fit shape {tuple(X.shape)}."
             )
-        return torch.where(self.mask, Y, 0)
-
-    def residual(self, Y: Tensor) -> Tensor:
-        return largest(torch.where(self.mask, 0, Y))
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return torch.where(self.mask, Z, 0)
+        self.mask = self.mask.to(X.device)
+        return self._nearest(X)
 
 
 # --- equal entries --------------------------------------------------------------------------------------------------
@@ -248,7 +227,7 @@ class Toeplitz(Parametrization):
 
     @inverted
     def right_inverse(self, T: Tensor) -> tuple[Tensor, Tensor]:
-        n, m = T.shape[-2:]
+        n, m = _not_empty(self, T)
         means = maps.mean_over(T, maps.toeplitz_pattern(n, m, T.device), groups=n + m - 1)
         return means[..., m - 1 :], means[..., : m - 1].flip(-1)
 
@@ -286,7 +265,7 @@ class Hankel(Parametrization):
 
     @inverted
     def right_inverse(self, H: Tensor) -> tuple[Tensor, Tensor]:
-        n, m = H.shape[-2:]
+        n, m = _not_empty(self, H)
         means = maps.mean_over(H, maps.hankel_pattern(n, m, H.device), groups=n + m - 1)
         return means[..., :n], means[..., n:]
 
@@ -331,7 +310,9 @@ class Circulant(Parametrization):
         return largest(C - C.roll((1, 1), (-2, -1)))
 
     def _from_normal(self, Z: Tensor) -> Tensor:
-        return self.forward(Z[..., 0])
+        # A mean of n numbers, brought back to their deviation.
+        result: Tensor = self.project(Z) * Z.shape[-1] ** 0.5
+        return result
 
 
 class BlockCirculant(Parametrization):
@@ -358,6 +339,7 @@ class BlockCirculant(Parametrization):
 
     def __init__(self, block: int) -> None:
         super().__init__()
+        check_positive(self, block=block)
         self.block = block
 
     @computed
@@ -385,7 +367,17 @@ class BlockCirculant(Parametrization):
         return largest(blocks - blocks.roll((1, 1), (-2, -1)))
 
     def _from_normal(self, Z: Tensor) -> Tensor:
-        return self.forward(self._blocks(Z)[..., 0])
+        result: Tensor = self.project(Z) * self.block**0.5
+        return result
+
+
+def _not_empty(family: Parametrization, X: Tensor) -> tuple[int, int]:
+    n, m = X.shape[-2:]
+    if not n * m:
+        raise ParametrizationError(
+            f"{type(family).__name__} needs at least one row and column, got {tuple(X.shape)}."
+        )
+    return n, m
 
 
 def _embed(d: Tensor, X: Tensor) -> Tensor:

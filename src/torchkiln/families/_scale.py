@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import ParametrizationError
-from torchkiln.families._contract import check_argument, computed, inverted, largest
+from torchkiln.families._contract import (
+    Projection,
+    check_argument,
+    check_positive,
+    computed,
+    inverted,
+    largest,
+)
 from torchkiln.families._maps import scale as maps
 from torchkiln.families._maps.linear import remove_mean
-from torchkiln.families._maps.simplex import project_l2
+from torchkiln.families._maps.simplex import project_l2, uniform_in_l2
 
 __all__ = [
     "Centered",
@@ -34,7 +42,7 @@ class SigmaReparam(Parametrization):
     price of an SVD for each change.
 
     Numerics:
-        Every matrix but 0 is reached; a value is kept. Differentiable where the largest singular value is simple; a
+        Every matrix is reached, and a value is kept. Differentiable where the largest singular value is simple; a
         repeated one gives a subgradient, no NaN.
 
     Example:
@@ -51,14 +59,15 @@ class SigmaReparam(Parametrization):
 
     @computed
     def forward(self, gain: Tensor, V: Tensor) -> Tensor:
-        return V * (gain[..., None, None] / maps.spectral(V).clamp(min=maps.tiny(V)))
+        V, size = maps.nonzero(V, maps.spectral(V))
+        return V / size * gain[..., None, None]
 
     @inverted
     def right_inverse(self, W: Tensor) -> tuple[Tensor, Tensor]:
         return maps.spectral(W)[..., 0, 0], W
 
 
-class FrobeniusNorm(Parametrization):
+class FrobeniusNorm(Projection):
     r"""Keep the Euclidean norm of the whole tensor, or of each row, at a fixed value.
 
     .. math:: W = r\, V / \|V\|_F
@@ -82,27 +91,14 @@ class FrobeniusNorm(Parametrization):
     def __init__(self, norm: float = 1.0, per: str = "tensor") -> None:
         super().__init__()
         check_argument(self, argument="per", value=per, choices=("tensor", "row"))
+        check_positive(self, norm=norm)
         self.norm, self.per = norm, per
 
-    @computed
-    def forward(self, V: Tensor) -> Tensor:
-        return maps.to_norm(V, self.norm, self._dims(V))
-
-    @inverted
-    def right_inverse(self, W: Tensor) -> Tensor:
-        return maps.to_norm(maps.nonzero(W, self._dims(W)), self.norm, self._dims(W))
-
-    def residual(self, W: Tensor) -> Tensor:
-        return largest(maps.norm(W, self._dims(W)) - self.norm)
-
-    def _dims(self, X: Tensor) -> tuple[int, ...]:
-        return tuple(range(int(self.per == "row"), X.ndim))
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return maps.to_norm(Z, self.norm, self._dims(Z))
+    def _nearest(self, X: Tensor) -> Tensor:
+        return maps.onto_sphere(X, self.norm, tuple(range(int(self.per == "row"), X.ndim)))
 
 
-class UnitNorm(Parametrization):
+class UnitNorm(Projection):
     r"""Keep every vector along a dimension at length 1: rows by default, columns with ``dim=-2`` (oblique).
 
     .. math:: w = v / \|v\|
@@ -125,22 +121,11 @@ class UnitNorm(Parametrization):
         super().__init__()
         self.dim = dim
 
-    @computed
-    def forward(self, v: Tensor) -> Tensor:
-        return maps.to_norm(v, 1.0, (self.dim,))
-
-    @inverted
-    def right_inverse(self, w: Tensor) -> Tensor:
-        return maps.to_norm(maps.nonzero(w, (self.dim,)), 1.0, (self.dim,))
-
-    def residual(self, w: Tensor) -> Tensor:
-        return largest(maps.norm(w, (self.dim,)) - 1)
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return maps.to_norm(Z, 1.0, (self.dim,))
+    def _nearest(self, X: Tensor) -> Tensor:
+        return maps.onto_sphere(X, 1.0, (self.dim,))
 
 
-class Sphere(Parametrization):
+class Sphere(Projection):
     r"""Keep the last dimension on a sphere around 0.
 
     .. math:: w = r\, v / \|v\|
@@ -161,24 +146,14 @@ class Sphere(Parametrization):
 
     def __init__(self, radius: float = 1.0) -> None:
         super().__init__()
+        check_positive(self, radius=radius)
         self.radius = radius
 
-    @computed
-    def forward(self, v: Tensor) -> Tensor:
-        return maps.to_norm(v, self.radius, (-1,))
-
-    @inverted
-    def right_inverse(self, w: Tensor) -> Tensor:
-        return maps.to_norm(maps.nonzero(w, (-1,)), self.radius, (-1,))
-
-    def residual(self, w: Tensor) -> Tensor:
-        return largest(maps.norm(w, (-1,)) - self.radius)
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return maps.to_norm(Z, self.radius, (-1,))
+    def _nearest(self, X: Tensor) -> Tensor:
+        return maps.onto_sphere(X, self.radius, (-1,))
 
 
-class OperatorNormBound(Parametrization):
+class OperatorNormBound(Projection):
     r"""Keep the operator norm of a matrix at most ``bound``: the Lipschitz constant of a linear layer.
 
     .. math:: W = V / \max(1, \|V\|_p / \lambda)
@@ -206,21 +181,17 @@ class OperatorNormBound(Parametrization):
     def __init__(self, order: int | str = 2, bound: float = 1.0) -> None:
         super().__init__()
         check_argument(self, argument="order", value=order, choices=(1, 2, "inf"))
+        check_positive(self, bound=bound)
         self.order, self.bound = order, bound
 
-    @computed
-    def forward(self, V: Tensor) -> Tensor:
-        return V * (self.bound / maps.operator_norm(V, self.order).clamp(min=self.bound))
+    def _nearest(self, X: Tensor) -> Tensor:
+        return X * (self.bound / maps.operator_norm(X, self.order).clamp(min=self.bound))
 
-    @inverted
-    def right_inverse(self, W: Tensor) -> Tensor:
-        return W * (self.bound / maps.operator_norm(W, self.order).clamp(min=self.bound))
-
-    def residual(self, W: Tensor) -> Tensor:
-        return largest((maps.operator_norm(W, self.order) - self.bound).clamp(min=0))
+    # A bounded normal matrix is no natural distribution.
+    _from_normal = Parametrization._from_normal
 
 
-class MaxNorm(Parametrization):
+class MaxNorm(Projection):
     r"""Keep the Euclidean norm along a dimension at most ``bound``.
 
     .. math:: w = v / \max(1, \|v\| / c)
@@ -245,21 +216,17 @@ class MaxNorm(Parametrization):
 
     def __init__(self, bound: float = 2.0, dim: int = -1) -> None:
         super().__init__()
+        check_positive(self, bound=bound)
         self.bound, self.dim = bound, dim
 
-    @computed
-    def forward(self, v: Tensor) -> Tensor:
-        return project_l2(v, self.bound, self.dim)
+    def _nearest(self, X: Tensor) -> Tensor:
+        return project_l2(X, self.bound, self.dim)
 
-    @inverted
-    def right_inverse(self, w: Tensor) -> Tensor:
-        return project_l2(w, self.bound, self.dim)
-
-    def residual(self, w: Tensor) -> Tensor:
-        return largest((maps.norm(w, (self.dim,)) - self.bound).clamp(min=0))
+    def _from_normal(self, Z: Tensor) -> Tensor:
+        return uniform_in_l2(Z.movedim(self.dim, -1), self.bound).movedim(-1, self.dim)
 
 
-class Centered(Parametrization):
+class Centered(Projection):
     r"""Keep the mean of each output channel's weights at 0.
 
     .. math:: W_i = V_i - \mathrm{mean}(V_i)
@@ -275,22 +242,11 @@ class Centered(Parametrization):
 
     accepts = "any"
 
-    @computed
-    def forward(self, V: Tensor) -> Tensor:
-        return remove_mean(V, maps.inputs(V))
-
-    @inverted
-    def right_inverse(self, W: Tensor) -> Tensor:
-        return remove_mean(W, maps.inputs(W))
-
-    def residual(self, W: Tensor) -> Tensor:
-        return largest(W.mean(maps.inputs(W)))
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return remove_mean(Z, maps.inputs(Z))
+    def _nearest(self, X: Tensor) -> Tensor:
+        return remove_mean(X, maps.inputs(X))
 
 
-class WeightStandardization(Parametrization):
+class WeightStandardization(Projection):
     r"""Keep each output channel's weights at mean 0 and a fixed deviation.
 
     .. math:: W_i = s\, \frac{V_i - \mu_i}{\sigma_i}, \qquad s = 1 \text{ or } \gamma / \sqrt{N}
@@ -308,8 +264,8 @@ class WeightStandardization(Parametrization):
 
     Example:
         >>> WeightStandardization()(Tensor([[1.0, 3.0], [5.0, 15.0]]))
-        tensor([[-1.0000,  1.0000],
-                [-1.0000,  1.0000]])
+        tensor([[-1.,  1.],
+                [-1.,  1.]])
 
     References:
         Qiao et al., arXiv:1903.10520; Brock, De, Smith, arXiv:2101.08692.
@@ -320,30 +276,28 @@ class WeightStandardization(Parametrization):
     def __init__(self, scale: str = "plain", gamma: float = 1.0) -> None:
         super().__init__()
         check_argument(self, argument="scale", value=scale, choices=("plain", "fan_in"))
+        check_positive(self, gamma=gamma)
         self.scale, self.gamma = scale, gamma
 
-    @computed
-    def forward(self, V: Tensor) -> Tensor:
-        return maps.to_norm(remove_mean(V, maps.inputs(V)), self._norm(V), maps.inputs(V))
-
-    @inverted
-    def right_inverse(self, W: Tensor) -> Tensor:
-        if W.ndim < 2 or W[:1].numel() == 1:
+    def _nearest(self, X: Tensor) -> Tensor:
+        if X.ndim < 2 or X[:1].numel() == 1:
             raise ParametrizationError(
-                f"WeightStandardization needs at least 2 weights per channel, got shape {tuple(W.shape)}.\n"
+                f"WeightStandardization needs at least 2 weights per channel, got shape {tuple(X.shape)}.\n"
                 'Register it on "weight", not on "bias".'
             )
-        return maps.to_norm(remove_mean(W, maps.inputs(W)), self._norm(W), maps.inputs(W))
+        return maps.standardize(X, self._deviation(X), maps.inputs(X))
 
-    def _norm(self, V: Tensor) -> float:
-        return self.gamma if self.scale == "fan_in" else float(V[:1].numel()) ** 0.5
+    def _deviation(self, X: Tensor) -> float:
+        return self.gamma / max(X[:1].numel(), 1) ** 0.5 if self.scale == "fan_in" else 1.0
 
     def residual(self, W: Tensor) -> Tensor:
+        # Not from the projection, which leaves a constant channel at 0.
+        W = W.to(torch.promote_types(W.dtype, torch.float64))
+        if not W.numel():
+            return largest(W)
         inputs = maps.inputs(W)
-        return largest(W.mean(inputs), maps.norm(W, inputs) - self._norm(W))
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return maps.to_norm(remove_mean(Z, maps.inputs(Z)), self._norm(Z), maps.inputs(Z))
+        deviation = W.abs().square().mean(inputs).sqrt()
+        return largest(W.mean(inputs), deviation - self._deviation(W))
 
 
 class EqualizedRate(Parametrization):
@@ -371,6 +325,7 @@ class EqualizedRate(Parametrization):
 
     def __init__(self, gain: float = 2**0.5) -> None:
         super().__init__()
+        check_positive(self, gain=gain)
         self.gain = gain
 
     @computed

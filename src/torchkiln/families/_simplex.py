@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from torchkiln._core.base import Parametrization
-from torchkiln.families._contract import check_argument, computed, inverted, largest
+from torchkiln._core.errors import ParametrizationError
+from torchkiln.families._contract import (
+    Projection,
+    check_argument,
+    check_positive,
+    computed,
+    inverted,
+    largest,
+)
 from torchkiln.families._maps import simplex as maps
 from torchkiln.families._maps.elementwise import POSITIVE
 
@@ -122,6 +130,8 @@ class Simplex(Parametrization):
 
     @inverted
     def right_inverse(self, y: Tensor) -> Tensor:
+        if not y.shape[-1]:
+            raise ParametrizationError(f"Simplex needs at least one entry, got shape {tuple(y.shape)}.")
         y = _nearest_on_simplex(y)
         if self.map == "softmax":
             return _LOG(y)
@@ -131,10 +141,10 @@ class Simplex(Parametrization):
         return largest(y.clamp(max=0), _excess(y))
 
     def _from_normal(self, Z: Tensor) -> Tensor:
-        return _uniform_on_simplex(Z)
+        return maps.uniform_on_simplex(Z)
 
 
-class SparseSimplex(Parametrization):
+class SparseSimplex(Projection):
     r"""Keep the last dimension a probability vector with exact zeros.
 
     .. math:: y = \arg\min_{p \in \Delta} \|p - x\|^2 = \max(x - \tau, 0)
@@ -153,19 +163,15 @@ class SparseSimplex(Parametrization):
 
     event_dim = 1
 
-    @computed
-    def forward(self, x: Tensor) -> Tensor:
-        return maps.sparsemax(x)
+    def _nearest(self, X: Tensor) -> Tensor:
+        return maps.sparsemax(X)
 
     @inverted
-    def right_inverse(self, y: Tensor) -> Tensor:
-        return _nearest_on_simplex(y)
-
-    def residual(self, y: Tensor) -> Tensor:
-        return largest(y.clamp(max=0), _excess(y))
+    def right_inverse(self, X: Tensor) -> Tensor:
+        return _nearest_on_simplex(X)
 
     def _from_normal(self, Z: Tensor) -> Tensor:
-        return _uniform_on_simplex(Z)
+        return maps.uniform_on_simplex(Z)
 
 
 def _excess(y: Tensor) -> Tensor:
@@ -179,13 +185,7 @@ def _nearest_on_simplex(y: Tensor) -> Tensor:
     return torch.where(on, y, maps.sparsemax(y))
 
 
-def _uniform_on_simplex(Z: Tensor) -> Tensor:
-    waits = -torch.special.log_ndtr(Z)  # independent, with the exponential distribution
-    result: Tensor = waits / waits.sum(-1, keepdim=True)
-    return result
-
-
-class L1Ball(Parametrization):
+class L1Ball(Projection):
     r"""Keep the sum of absolute values over the last dimension at most ``radius``.
 
     .. math:: y = \arg\min_{\|p\|_1 \le r} \|p - x\|_2
@@ -208,21 +208,17 @@ class L1Ball(Parametrization):
 
     def __init__(self, radius: float = 1.0) -> None:
         super().__init__()
+        check_positive(self, radius=radius)
         self.radius = radius
 
-    @computed
-    def forward(self, x: Tensor) -> Tensor:
-        return maps.project_l1(x, self.radius)
+    def _nearest(self, X: Tensor) -> Tensor:
+        return maps.project_l1(X, self.radius)
 
-    @inverted
-    def right_inverse(self, y: Tensor) -> Tensor:
-        return maps.project_l1(y, self.radius)
-
-    def residual(self, y: Tensor) -> Tensor:
-        return largest((y.double().abs().sum(-1) - self.radius).clamp(min=0))
+    def _from_normal(self, Z: Tensor) -> Tensor:
+        return maps.uniform_in_l1(Z, self.radius)
 
 
-class L2Ball(Parametrization):
+class L2Ball(Projection):
     r"""Keep the Euclidean norm of the last dimension at most ``radius``.
 
     .. math:: y = x / \max(1, \|x\| / r)
@@ -242,28 +238,17 @@ class L2Ball(Parametrization):
 
     def __init__(self, radius: float = 1.0) -> None:
         super().__init__()
+        check_positive(self, radius=radius)
         self.radius = radius
 
-    @computed
-    def forward(self, x: Tensor) -> Tensor:
-        return maps.project_l2(x, self.radius, -1)
-
-    @inverted
-    def right_inverse(self, y: Tensor) -> Tensor:
-        return maps.project_l2(y, self.radius, -1)
-
-    def residual(self, y: Tensor) -> Tensor:
-        return largest((torch.linalg.vector_norm(y.double(), dim=-1) - self.radius).clamp(min=0))
+    def _nearest(self, X: Tensor) -> Tensor:
+        return maps.project_l2(X, self.radius, -1)
 
     def _from_normal(self, Z: Tensor) -> Tensor:
-        # Uniform in the ball: the direction of Z, and a radius whose n-th power is uniform.
-        norm = torch.linalg.vector_norm(Z, dim=-1, keepdim=True)
-        uniform = torch.special.gammainc(norm.new_tensor(Z.shape[-1] / 2), norm.square() / 2)
-        result: Tensor = Z / norm * self.radius * uniform ** (1 / max(Z.shape[-1], 1))
-        return result
+        return maps.uniform_in_l2(Z, self.radius)
 
 
-class LInfBall(Parametrization):
+class LInfBall(Projection):
     r"""Keep every number within ``radius`` of 0.
 
     .. math:: y = \min(\max(x, -r), r)
@@ -284,17 +269,11 @@ class LInfBall(Parametrization):
 
     def __init__(self, radius: float = 1.0) -> None:
         super().__init__()
+        check_positive(self, radius=radius)
         self.radius = radius
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clamp(-self.radius, self.radius)
-
-    @inverted
-    def right_inverse(self, y: Tensor) -> Tensor:
-        return y.clamp(-self.radius, self.radius)
-
-    def residual(self, y: Tensor) -> Tensor:
-        return largest((y.double().abs() - self.radius).clamp(min=0))
+    def _nearest(self, X: Tensor) -> Tensor:
+        return X.clamp(-self.radius, self.radius)
 
     def _from_normal(self, Z: Tensor) -> Tensor:
         result: Tensor = self.radius * (2 * torch.special.ndtr(Z) - 1)
@@ -309,9 +288,10 @@ class DoublyStochastic(Parametrization):
     with the diagonal matrices that Sinkhorn's iteration finds, in logarithms. For soft permutations.
 
     Numerics:
-        A matrix with positive entries goes to its logarithm: exact if it is doubly stochastic, scaled otherwise. Any
-        other matrix is taken as X itself. Columns sum to 1 exactly, rows to the convergence of the iteration, which
-        is slow where X spreads over more than 10 or so. Differentiable everywhere.
+        A matrix without negative entries goes to its logarithm, with zeros at the rounding unit: exact if it is
+        doubly stochastic, scaled otherwise. Any other matrix is taken as X itself. Columns sum to 1 exactly, rows to
+        the convergence of the iteration, which is slow where X spreads over more than 10 or so. Differentiable
+        everywhere.
 
     Args:
         steps: Number of iterations.
@@ -338,8 +318,8 @@ class DoublyStochastic(Parametrization):
 
     @inverted
     def right_inverse(self, Y: Tensor) -> Tensor:
-        positive = (Y > 0).all(-1, keepdim=True).all(-2, keepdim=True)
-        return torch.where(positive, Y.clamp(min=torch.finfo(Y.dtype).tiny).log(), Y)
+        usable = (Y >= 0).all(-1, keepdim=True).all(-2, keepdim=True)
+        return torch.where(usable, torch.where(Y > 0, Y, torch.finfo(Y.dtype).eps).log(), Y)
 
     def residual(self, Y: Tensor) -> Tensor:
         return largest(Y.clamp(max=0), _excess(Y), _excess(Y.mT))

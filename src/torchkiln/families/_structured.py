@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import ParametrizationError
-from torchkiln.families._contract import computed, inverted, largest
+from torchkiln.families._contract import check_positive, computed, described, inverted, largest
 from torchkiln.families._maps import structured as maps
 
 __all__ = ["BlockDiagonal", "Butterfly", "Kronecker", "Monarch"]
@@ -15,7 +15,7 @@ __all__ = ["BlockDiagonal", "Butterfly", "Kronecker", "Monarch"]
 def _check_divides(family: Parametrization, X: Tensor, *, rows: int, columns: int) -> None:
     if X.shape[-2] % rows or X.shape[-1] % columns:
         raise ParametrizationError(
-            f"{family}: {rows} and {columns} must divide the sides of the matrix, got shape {tuple(X.shape)}."
+            f"{described(family)}: {rows} and {columns} must divide the sides of the matrix, got {tuple(X.shape)}."
         )
 
 
@@ -43,6 +43,7 @@ class BlockDiagonal(Parametrization):
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
+        check_positive(self, blocks=blocks)
         self.blocks = blocks
 
     @computed
@@ -70,7 +71,7 @@ class Kronecker(Parametrization):
 
     Numerics:
         Off the constraint the nearest point, by the singular values of the rearranged matrix. The factors are not
-        unique; they are given equal lengths. Smooth; the derivative is zero where both factors are.
+        unique; they are given equal lengths. Smooth; a value of 0 gets one factor that is not, and so can move.
 
     Args:
         rows: Rows p of the first factor.
@@ -91,6 +92,7 @@ class Kronecker(Parametrization):
 
     def __init__(self, rows: int, columns: int, *, terms: int = 1) -> None:
         super().__init__()
+        check_positive(self, rows=rows, columns=columns, terms=terms)
         self.rows, self.columns, self.terms = rows, columns, terms
 
     @computed
@@ -118,7 +120,7 @@ class Monarch(Parametrization):
 
     Numerics:
         Off the constraint the nearest point, in closed form: b^2 rank-1 approximations. The factors are not unique;
-        they are given equal lengths.
+        they are given equal lengths. Smooth; a value of 0 can move, as in :class:`Kronecker`.
 
     Args:
         blocks: Their number b; divides both sides.
@@ -138,6 +140,7 @@ class Monarch(Parametrization):
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
+        check_positive(self, blocks=blocks)
         self.blocks = blocks
 
     @computed
@@ -165,7 +168,7 @@ class Butterfly(Parametrization):
 
     Numerics:
         Exact for butterflies; off the constraint the best first factor, then the next, which is near but not nearest.
-        The factors are not unique; the scale is spread over them.
+        The factors are not unique; the scale is spread over them. Smooth; a value of 0 can move.
 
     Example:
         >>> import torch
@@ -174,7 +177,7 @@ class Butterfly(Parametrization):
         True
 
     References:
-        Dao et al., arXiv:1903.05895; the way back: Le et al., arXiv:2110.01230.
+        Dao et al., arXiv:1903.05895; the way back: Zheng, Riccietti, Gribonval, arXiv:2110.01230.
     """
 
     event_dim = 2

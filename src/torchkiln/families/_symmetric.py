@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchkiln._core.base import Parametrization
-from torchkiln.families._contract import computed, inverted, largest
+from torchkiln.families._contract import Projection
 from torchkiln.families._maps import linear as maps
 
 __all__ = ["Hermitian", "SkewHermitian", "SkewSymmetric", "Symmetric", "TraceFree", "ZeroSum"]
 
 
-class Symmetric(Parametrization):
+class Symmetric(Projection):
     r"""Keep a square matrix symmetric.
 
     .. math:: A = (X + X^T) / 2
@@ -33,22 +32,11 @@ class Symmetric(Parametrization):
     square = True
     accepts = "any"
 
-    @computed
-    def forward(self, X: Tensor) -> Tensor:
+    def _nearest(self, X: Tensor) -> Tensor:
         return maps.symmetrize(X)
 
-    @inverted
-    def right_inverse(self, A: Tensor) -> Tensor:
-        return maps.symmetrize(A)
 
-    def residual(self, A: Tensor) -> Tensor:
-        return largest(A - A.mT)
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return maps.symmetrize(Z)
-
-
-class SkewSymmetric(Parametrization):
+class SkewSymmetric(Projection):
     r"""Keep a square matrix skew-symmetric.
 
     .. math:: A = (X - X^T) / 2
@@ -68,22 +56,11 @@ class SkewSymmetric(Parametrization):
     square = True
     accepts = "any"
 
-    @computed
-    def forward(self, X: Tensor) -> Tensor:
+    def _nearest(self, X: Tensor) -> Tensor:
         return maps.antisymmetrize(X)
 
-    @inverted
-    def right_inverse(self, A: Tensor) -> Tensor:
-        return maps.antisymmetrize(A)
 
-    def residual(self, A: Tensor) -> Tensor:
-        return largest(A + A.mT)
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return maps.antisymmetrize(Z)
-
-
-class Hermitian(Parametrization):
+class Hermitian(Projection):
     r"""Keep a square matrix Hermitian; symmetric where it is real.
 
     .. math:: A = (X + X^H) / 2
@@ -102,22 +79,11 @@ class Hermitian(Parametrization):
     square = True
     accepts = "any"
 
-    @computed
-    def forward(self, X: Tensor) -> Tensor:
-        return (X + X.mH) / 2
-
-    @inverted
-    def right_inverse(self, A: Tensor) -> Tensor:
-        return (A + A.mH) / 2
-
-    def residual(self, A: Tensor) -> Tensor:
-        return largest(A - A.mH)
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return (Z + Z.mH) / 2
+    def _nearest(self, X: Tensor) -> Tensor:
+        return maps.hermitize(X)
 
 
-class SkewHermitian(Parametrization):
+class SkewHermitian(Projection):
     r"""Keep a square matrix skew-Hermitian; skew-symmetric where it is real.
 
     .. math:: A = (X - X^H) / 2
@@ -136,22 +102,11 @@ class SkewHermitian(Parametrization):
     square = True
     accepts = "any"
 
-    @computed
-    def forward(self, X: Tensor) -> Tensor:
-        return (X - X.mH) / 2
-
-    @inverted
-    def right_inverse(self, A: Tensor) -> Tensor:
-        return (A - A.mH) / 2
-
-    def residual(self, A: Tensor) -> Tensor:
-        return largest(A + A.mH)
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return (Z - Z.mH) / 2
+    def _nearest(self, X: Tensor) -> Tensor:
+        return maps.antihermitize(X)
 
 
-class TraceFree(Parametrization):
+class TraceFree(Projection):
     r"""Keep the trace of a square matrix at 0.
 
     .. math:: A = X - \frac{\mathrm{tr} X}{n} I
@@ -171,22 +126,11 @@ class TraceFree(Parametrization):
     square = True
     accepts = "any"
 
-    @computed
-    def forward(self, X: Tensor) -> Tensor:
+    def _nearest(self, X: Tensor) -> Tensor:
         return maps.remove_trace(X)
 
-    @inverted
-    def right_inverse(self, A: Tensor) -> Tensor:
-        return maps.remove_trace(A)
 
-    def residual(self, A: Tensor) -> Tensor:
-        return largest(A.diagonal(dim1=-2, dim2=-1).sum(-1))
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return maps.remove_trace(Z)
-
-
-class ZeroSum(Parametrization):
+class ZeroSum(Projection):
     r"""Keep the sum over a dimension at 0.
 
     .. math:: y = x - \frac{1}{n} \sum_i x_i
@@ -210,16 +154,5 @@ class ZeroSum(Parametrization):
         super().__init__()
         self.dim = dim
 
-    @computed
-    def forward(self, x: Tensor) -> Tensor:
-        return maps.remove_mean(x, self.dim)
-
-    @inverted
-    def right_inverse(self, y: Tensor) -> Tensor:
-        return maps.remove_mean(y, self.dim)
-
-    def residual(self, y: Tensor) -> Tensor:
-        return largest(y.sum(self.dim))
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return maps.remove_mean(Z, self.dim)
+    def _nearest(self, X: Tensor) -> Tensor:
+        return maps.remove_mean(X, self.dim)

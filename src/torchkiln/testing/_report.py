@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 __all__ = ["Report", "Result", "matrix"]
 
-_MARKS = {"passed": "+", "failed": "FAIL", "skipped": "."}
+_MARKS = {"passed": "+", "failed": "X", "skipped": "."}
+_WIDEST = 44  # with thirteen laws the table then fits a terminal of 80
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,27 @@ class Report:
 def matrix(reports: Iterable[Report]) -> str:
     """Return a table of parametrizations and laws, with the failures in full below it."""
     reports = list(reports)
-    laws = [result.law for result in reports[0].results] if reports else []
-    width = max((len(report.name) for report in reports), default=0)
-    lines = [" " * width + "  " + "  ".join(laws)]
-    for report in reports:
-        marks = (f"{_MARKS[result.outcome]:^{len(result.law)}}" for result in report.results)
-        lines.append(f"{report.name:{width}}  " + "  ".join(marks).rstrip())
+    names = [_shortened(report.name) for report in reports]
+    width = max(map(len, names), default=0)
+    lines = _stairs([result.law for result in reports[0].results], indent=width + 1) if reports else []
+    for name, report in zip(names, reports, strict=True):
+        lines.append(f"{name:{width}} " + " ".join(_MARKS[result.outcome] for result in report.results))
     failures = [
         f"{report.name}: {result.law}: {result.detail}" for report in reports for result in report.failed
     ]
-    lines += ["", "+ holds   . does not apply", *failures]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _tally(reports), *failures])
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _WIDEST else f"{name[: _WIDEST - 3]}..."
+
+
+def _stairs(laws: list[str], *, indent: int) -> list[str]:
+    """Return the laws one below the other, each with a line down to its column."""
+    return [" " * indent + "| " * column + law for column, law in enumerate(laws)]
+
+
+def _tally(reports: list[Report]) -> str:
+    found = Counter(result.outcome for report in reports for result in report.results)
+    words = {"passed": "holds", "skipped": "does not apply", "failed": "broken"}
+    return "   ".join(f"{_MARKS[outcome]} {word}: {found[outcome]}" for outcome, word in words.items())

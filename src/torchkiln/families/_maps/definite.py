@@ -36,16 +36,23 @@ def cholesky_free(L: Tensor) -> Tensor:
 
 def correlation_factor(X: Tensor) -> Tensor:
     """Return the lower triangle of ``X`` with ones on the diagonal, each row scaled to length 1."""
-    L = _with_diagonal(X, torch.ones_like(X[..., 0].real))
+    L = _with_diagonal(X, torch.ones_like(X.diagonal(dim1=-2, dim2=-1).real))
     result: Tensor = L / torch.linalg.vector_norm(L, dim=-1, keepdim=True)
     return result
 
 
 def low_rank_root(A: Tensor, rank: int) -> Tensor:
-    """Return the n x rank matrix L for which ``L L^H`` is the semidefinite matrix of that rank nearest to ``A``."""
+    """Return the n x rank matrix L for which ``L L^H`` is the semidefinite matrix of that rank nearest to ``A``.
+
+    Eigenvalues are at least the rounding unit times the largest: a column of zeros would have no gradient.
+    """
     values, V = torch.linalg.eigh((A + A.mH) / 2)
-    start = A.shape[-1] - rank
-    result: Tensor = V[..., start:] * values[..., None, start:].clamp(min=0).sqrt().to(V.dtype)
+    start, eps = A.shape[-1] - rank, torch.finfo(values.dtype).eps
+    scale = values[..., -1:].clamp(min=0) if A.shape[-1] else values
+    floor = torch.where(scale > 0, scale, 1) * eps
+    result: Tensor = V[..., start:] * torch.maximum(values[..., start:], floor)[..., None, :].sqrt().to(
+        V.dtype
+    )
     return result
 
 

@@ -36,7 +36,8 @@ def _positive_part(y: Tensor) -> Tensor:
 POSITIVE: dict[str, tuple[Map, Map]] = {
     "softplus": (softplus, lambda y: softplus_inverse(_positive_part(y))),
     "exp": (torch.exp, lambda y: _positive_part(y).log()),
-    "square": (torch.square, lambda y: y.clamp(min=0).sqrt()),
+    # 0 is a value of the square, and kept; what is negative must not get stuck there.
+    "square": (torch.square, lambda y: torch.where(y < 0, torch.finfo(y.dtype).eps, y).sqrt()),
 }
 
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "antihermitize",
     "antisymmetrize",
     "circulant_pattern",
     "hankel_pattern",
+    "hermitize",
     "mean_over",
     "remove_mean",
     "remove_trace",
@@ -19,7 +21,7 @@ __all__ = [
 
 
 def symmetrize(X: Tensor) -> Tensor:
-    """Return the symmetric matrix nearest to ``X``; the Hermitian one is ``(X + X.mH) / 2``.
+    """Return the symmetric matrix nearest to ``X``.
 
     Example:
         >>> symmetrize(torch.tensor([[1.0, 2.0], [4.0, 3.0]]))
@@ -32,6 +34,16 @@ def symmetrize(X: Tensor) -> Tensor:
 def antisymmetrize(X: Tensor) -> Tensor:
     """Return the skew-symmetric matrix nearest to ``X``."""
     return (X - X.mT) / 2
+
+
+def hermitize(X: Tensor) -> Tensor:
+    """Return the Hermitian matrix nearest to ``X``; the symmetric one where it is real."""
+    return (X + X.mH) / 2
+
+
+def antihermitize(X: Tensor) -> Tensor:
+    """Return the skew-Hermitian matrix nearest to ``X``."""
+    return (X - X.mH) / 2
 
 
 def remove_mean(X: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -66,9 +78,9 @@ def spread(values: Tensor, pattern: Tensor) -> Tensor:
 def mean_over(X: Tensor, pattern: Tensor, *, groups: int) -> Tensor:
     """Return for each number of ``pattern`` the mean of the entries of ``X`` that bear it."""
     flat = pattern.flatten()
-    counts = torch.bincount(flat, minlength=groups)
     sums = X.new_zeros(*X.shape[: X.ndim - pattern.ndim], groups)
     sums = sums.index_add(-1, flat, X.flatten(X.ndim - pattern.ndim))
+    counts = X.new_zeros(groups).index_add(0, flat, X.new_ones(flat.shape))
     return sums / counts
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["inputs", "nonzero", "norm", "operator_norm", "spectral", "tiny", "to_norm"]
+from torchkiln.families._maps.linear import remove_mean
+
+__all__ = ["inputs", "nonzero", "norm", "onto_sphere", "operator_norm", "spectral", "standardize", "tiny"]
 
 
 def tiny(X: Tensor) -> float:
@@ -29,14 +33,43 @@ def norm(X: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(X, dim=dims, keepdim=True) if dims else X.abs()
 
 
-def to_norm(X: Tensor, value: float, dims: tuple[int, ...]) -> Tensor:
-    """Return ``X`` scaled to a Euclidean norm of ``value`` over ``dims``; zeros stay zeros."""
-    return X * (value / norm(X, dims).clamp(min=tiny(X)))
+def nonzero(X: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``X`` and ``size``, its norm, with ones in place of what is zero, which has no direction.
+
+    The gradient passes as if nothing had been replaced: what was zero can move.
+    """
+    zero = size < tiny(X)
+    return X + zero, torch.where(zero, 1, size)
 
 
-def nonzero(X: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return ``X`` with ones in place of the slices over ``dims`` that are all zero, which have no direction."""
-    return torch.where(norm(X, dims) == 0, 1, X)
+def onto_sphere(X: Tensor, radius: float, dims: tuple[int, ...]) -> Tensor:
+    """Return the point nearest to ``X`` that has the Euclidean norm ``radius`` over ``dims``; equal entries for zeros.
+
+    Example:
+        >>> onto_sphere(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 10.0, (1,))
+        tensor([[6.0000, 8.0000],
+                [7.0711, 7.0711]])
+    """
+    root = _root_of_count(X, dims)
+    X, size = nonzero(X, norm(X, dims) / root)
+    return X / size * (radius / root)
+
+
+def _root_of_count(X: Tensor, dims: tuple[int, ...]) -> float:
+    return math.sqrt(max(math.prod([X.shape[dim] for dim in dims]), 1))
+
+
+def standardize(X: Tensor, deviation: float, dims: tuple[int, ...]) -> Tensor:
+    """Return ``X`` with mean 0 and a standard ``deviation`` over ``dims``; what is constant becomes 0.
+
+    Example:
+        >>> standardize(torch.tensor([[1.0, 3.0], [2.0, 2.0]]), 1.0, (1,))
+        tensor([[-1.,  1.],
+                [ 0.,  0.]])
+    """
+    X = remove_mean(X, dims)
+    size = norm(X, dims) / _root_of_count(X, dims)
+    return X / torch.where(size < tiny(X), 1, size) * deviation
 
 
 def operator_norm(X: Tensor, order: int | str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,9 @@ __all__ = [
     "sparsemax",
     "stick_breaking",
     "stick_breaking_inverse",
+    "uniform_in_l1",
+    "uniform_in_l2",
+    "uniform_on_simplex",
 ]
 
 
@@ -109,3 +114,37 @@ def sinkhorn(log_scale: Tensor, steps: int) -> Tensor:
         log_scale = log_scale - log_scale.logsumexp(-1, keepdim=True)
         log_scale = log_scale - log_scale.logsumexp(-2, keepdim=True)
     return log_scale.exp()
+
+
+# --- samples, from independent standard normal numbers --------------------------------------------------------------
+
+
+def uniform_on_simplex(Z: Tensor) -> Tensor:
+    """Return points spread evenly over the simplex: exponential waiting times, divided by their sum."""
+    waits = -torch.special.log_ndtr(Z)
+    result: Tensor = waits / waits.sum(-1, keepdim=True)
+    return result
+
+
+def uniform_in_l1(Z: Tensor, radius: float) -> Tensor:
+    """Return points spread evenly over the l1 ball of that radius."""
+    waits = -math.log(2) - torch.special.log_ndtr(-Z.abs())  # exponential, and independent of the signs
+    total = waits.sum(-1, keepdim=True)
+    return _spread_radially(Z.sign() * waits / total, torch.special.gammainc(_shape(Z, 1.0), total), radius)
+
+
+def uniform_in_l2(Z: Tensor, radius: float) -> Tensor:
+    """Return points spread evenly over the Euclidean ball of that radius."""
+    norm = torch.linalg.vector_norm(Z, dim=-1, keepdim=True)
+    return _spread_radially(Z / norm, torch.special.gammainc(_shape(Z, 0.5), norm.square() / 2), radius)
+
+
+def _shape(Z: Tensor, scale: float) -> Tensor:
+    """Return the shape of the gamma distribution of a sum over the last dimension."""
+    return torch.full((), scale * Z.shape[-1], dtype=Z.dtype, device=Z.device)
+
+
+def _spread_radially(direction: Tensor, uniform: Tensor, radius: float) -> Tensor:
+    """Return the points whose distance from 0, to the n-th power, is uniform."""
+    result: Tensor = direction * radius * uniform ** (1 / max(direction.shape[-1], 1))
+    return result

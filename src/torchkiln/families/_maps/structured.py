@@ -45,8 +45,14 @@ def diagonal_blocks(X: Tensor, b: int) -> Tensor:
 def rank_one(X: Tensor) -> tuple[Tensor, Tensor]:
     """Return u and v with ``u v^H`` nearest to ``X`` and of equal lengths, ``v`` conjugated already."""
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)
-    root = S[..., :1].sqrt().to(X.dtype)
-    return U[..., 0] * root, Vh[..., 0, :] * root
+    left, right = _shared(S[..., :1], X)
+    return U[..., 0] * left, Vh[..., 0, :] * right
+
+
+def _shared(S: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Share singular values among two factors; of 0, whose product has no gradient at 0 and 0, give one of them 1."""
+    root = S.sqrt()
+    return torch.where(S > 0, root, 1).to(X.dtype), root.to(X.dtype)
 
 
 def kronecker(A: Tensor, B: Tensor) -> Tensor:
@@ -70,9 +76,9 @@ def kronecker_factors(X: Tensor, rows: int, columns: int, *, terms: int) -> tupl
     batch = X.shape[:-2]
     rearranged = X.reshape(*batch, rows, p, columns, q).transpose(-3, -2)
     U, S, Vh = torch.linalg.svd(rearranged.reshape(*batch, rows * columns, p * q), full_matrices=False)
-    root = S[..., :terms].sqrt().to(X.dtype)
-    A = (U[..., :terms] * root[..., None, :]).mT
-    B = Vh[..., :terms, :] * root[..., :, None]
+    left, right = _shared(S[..., :terms], X)
+    A = (U[..., :terms] * left[..., None, :]).mT
+    B = Vh[..., :terms, :] * right[..., :, None]
     return A.reshape(*batch, terms, rows, columns), B.reshape(*batch, terms, p, q)
 
 
@@ -128,9 +134,8 @@ def butterfly_factors(X: Tensor) -> Tensor:
     half = N // 2
     # (row digit 1, rest of the row, column digit 1, rest of the column) -> one matrix for each (rest of row, column 1)
     pieces = X.reshape(*batch, 2, half, 2, half).movedim(-4, -2)
-    u, v = rank_one(
-        pieces
-    )  # (rest of the row, column digit, row digit) and (rest of the row, column digit, rest)
+    # (rest of the row, column digit, row digit) and (rest of the row, column digit, rest)
+    u, v = rank_one(pieces)
     first = u.mT.unsqueeze(-4)
     if half == 1:
         # One digit: the piece is a column, and all of it belongs to the only factor.
