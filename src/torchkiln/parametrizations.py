@@ -17,8 +17,10 @@ from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.request import check_lazy, no_tensor
 from torchkiln._core.sharded import shard_of, share
 from torchkiln._core.state import AdvancingStep
+from torchkiln._core.tracing import is_recorded
 from torchkiln.families._maps import norms
 from torchkiln.families._maps import orthogonal as orthogonal_maps
+from torchkiln.families._maps import spectral_norm as spectral_maps
 from torchkiln.families._maps.precision import full_precision, widen
 from torchkiln.parametrize import register_parametrization
 
@@ -276,25 +278,29 @@ class _SpectralNorm(AdvancingStep):
         self.eps = eps
         if ndim > 1:
             self.n_power_iterations = n_power_iterations
-            self._start(norms.as_matrix(weight, self.dim))
+            self._start(spectral_maps.as_matrix(weight, self.dim))
 
     def _start(self, M: Tensor) -> None:
         with torch.no_grad():
             u, v = (share(shard_of(M).new_empty(length).normal_(), M) for length in M.shape)
             u, v = F.normalize(u, dim=0, eps=self.eps), F.normalize(v, dim=0, eps=self.eps)
-            u, v = norms.power_iteration(M, u, v, steps=15, eps=self.eps)
+            u, v, _ = spectral_maps.power_iteration(M, u, v, steps=15, eps=self.eps)
         self.register_buffer("_u", u)
         self.register_buffer("_v", v)
 
     def advance(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        M = norms.as_matrix(x, self.dim)
-        return norms.power_iteration(M, *state, steps=self.n_power_iterations, eps=self.eps)
+        M = spectral_maps.as_matrix(x, self.dim)
+        u, v, image = spectral_maps.power_iteration(M, *state, steps=self.n_power_iterations, eps=self.eps)
+        if not is_recorded():
+            self.__dict__["_image"] = image  # for the evaluation that asked for it, and no other
+        return u, v
 
     def forward(self, weight: Tensor) -> Tensor:
         if weight.ndim == 1:
             return F.normalize(weight, dim=0, eps=self.eps)
         u, v = self.current_state(weight)
-        return norms.spectral_normalize(weight, u, v, self.dim)
+        at = spectral_maps.Iterate(u, v, self.__dict__.pop("_image", None))
+        return spectral_maps.spectral_normalize(weight, at, self.dim)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value
