@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from torchkiln._core.errors import NothingToFoldError
-from torchkiln._core.spellings.evaluate import Evaluation
 from torchkiln._core.spellings.options import Options
 from torchkiln.checkpoint._bytes import nbytes
-from torchkiln.checkpoint._check import check
-from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Made
+from torchkiln.checkpoint._folding import Folding, dtype_name
+from torchkiln.checkpoint._io import Change, CheckpointFile, Group, Made
 from torchkiln.checkpoint._open import open_checkpoint
-from torchkiln.checkpoint._report import FileReport, Folded, Note
-from torchkiln.checkpoint._scan import Found, Scan, known_dim, refuse_blocked, scan
+from torchkiln.checkpoint._report import FileReport, Note
+from torchkiln.checkpoint._scan import Found, Scan, refuse_blocked, scan
 from torchkiln.checkpoint._select import Renaming, check_dtype, picked, plain_changes
 from torchkiln.checkpoint._write import Container, Plan, Progress, plan_copy
 
@@ -107,7 +104,7 @@ def bake(
         options.check_used(str(source))
         if not chosen:
             raise NothingToFoldError(_nothing(source, left))
-        folding = _Folding(renaming, dtype, verify=verify)
+        folding = Folding(renaming, dtype, verify=verify)
         changes = [folding.change(found) for found in chosen]
         changes += plain_changes(file, _unfolded(scanned, left), rename=renaming, dtype=dtype)
         for group in file.groups:
@@ -151,7 +148,9 @@ def _casts(changes: Sequence[Change], dtype: torch.dtype | None) -> list[Note]:
         return []
     outputs = [output for change in changes for output in change.outputs.values()]
     count = sum(isinstance(output, Made) and output.entry.dtype == dtype for output in outputs)
-    return [Note("info", "", f"{count} tensors are cast to {_name(dtype)}, or computed and rounded to it")]
+    return [
+        Note("info", "", f"{count} tensors are cast to {dtype_name(dtype)}, or computed and rounded to it")
+    ]
 
 
 def _planned(plan: Plan) -> list[Note]:
@@ -171,66 +170,3 @@ def container_notes(file: CheckpointFile, plan: Plan) -> tuple[Note, ...]:
         kind = "torch file" if plan.container == "torch" else "distributed checkpoint"
         return (Note("info", "", f"the safetensors metadata has no place in a {kind} and is left out"),)
     return ()
-
-
-@dataclass
-class _Folding:
-    """Computes tensors when the writer asks for them, and remembers what there is to say of each."""
-
-    rename: Renaming
-    dtype: torch.dtype | None
-    verify: bool
-    _said: dict[Hashable, Evaluation] = field(default_factory=dict)
-
-    def change(self, found: Found) -> Change:
-        item = found.item
-        # Tensors tied before are tied after: the same memory in, the same memory out.
-        made = Made(
-            Entry(item.entry.shape, self._dtype(found)),
-            lambda: self._make(found),
-            like=found.keys,
-            memory=found.evaluate.identity(item),
-            name=found.name,
-        )
-        return Change(found.group, found.keys, {self.rename(item.name): made}, before=found.labels)
-
-    def _dtype(self, found: Found) -> torch.dtype:
-        own = found.item.entry.dtype
-        return self.dtype if self.dtype is not None and own.is_floating_point else own
-
-    def _make(self, found: Found) -> Tensor:
-        result = found.evaluate(found.item)
-        value = result.tensor.to(self._dtype(found)).contiguous()
-        if self.verify:
-            check(found, value, result)
-        found.forget()
-        # What is said of a tensor is kept, its values are not.
-        result.tensor = torch.empty(0, dtype=result.tensor.dtype)
-        self._said[found.evaluate.identity(found.item)] = result
-        return value
-
-    def row(self, found: Found) -> Folded:
-        """Return the report's row of a tensor, from names and shapes alone where it was not computed."""
-        item, dtype = found.item, self._dtype(found)
-        said = self._said.get(found.evaluate.identity(item))
-        computed = said.tensor.dtype if said else dtype
-        return Folded(
-            name=found.name,
-            spelling=item.spelling,
-            shape=item.entry.shape,
-            dtype=_name(dtype),
-            keys=found.keys,
-            written=(self.rename(item.name),),
-            dim=said.dim if said else known_dim(found),
-            assumptions=tuple(said.assumptions) if said else item.assumptions,
-            notes=() if computed == dtype else (f"computed in {_name(computed)}, rounded once",),
-        )
-
-    def warnings(self, found: Sequence[Found]) -> list[Note]:
-        """Return what is wrong with the values that were computed."""
-        said = [(one, self._said.get(one.evaluate.identity(one.item))) for one in found]
-        return [Note("warning", one.name, text) for one, result in said if result for text in result.warnings]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.evaluate import Evaluation
 from torchkiln.checkpoint._scan import Found
 
-__all__ = ["beyond", "check", "errors", "tolerance"]
+__all__ = ["beyond", "check", "check_block", "errors", "tolerance"]
 
 # Rounding of a sum of products in the dtype it is computed in, relative to the tensor's largest magnitude.
 _ROUNDINGS = 256
@@ -43,8 +43,33 @@ def check(found: Found, value: Tensor, evaluation: Evaluation) -> None:
     if expected is not None and _relative(value, expected) <= tolerance(stored, folded=True):
         return
     # Not a case for blocks, or values that are not finite, which are equal where they are the same.
-    _, relative = errors(value, found.exact(found.item).tensor)
-    reason = beyond(relative, _least_precise(stored, value.dtype), folded=True)
+    _compare(found, value, found.exact(found.item).tensor)
+
+
+@torch.no_grad()
+def check_block(found: Found, value: Tensor, expected: Tensor) -> None:
+    """Raise unless some rows of a tensor agree with what another formula makes of the same inputs.
+
+    Args:
+        found: Whose rows they are.
+        value: They, as they are to be written.
+        expected: They, by the other formula; it is overwritten.
+
+    Raises:
+        CheckpointError: As for :func:`check`.
+    """
+    precision = _least_precise(found.item.entry.dtype, value.dtype)
+    scale = _magnitude(value)
+    # In place where that is as wide: this memory is in the cache.
+    difference = expected.sub_(value)
+    if not _magnitude(difference) <= tolerance(precision, folded=True) * scale:
+        _compare(found, value, difference.add_(value))
+
+
+def _compare(found: Found, value: Tensor, expected: Tensor) -> None:
+    """Raise unless two results agree, values that are not finite where they are the same."""
+    _, relative = errors(value, expected)
+    reason = beyond(relative, _least_precise(found.item.entry.dtype, value.dtype), folded=True)
     if reason:
         raise CheckpointError(
             f"{found.name}: {found.item.spelling} was computed twice, with different results: {reason}.\n"

@@ -12,7 +12,7 @@ takes its inputs from does not matter here: this file, several, or none.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class Made:
         like: Keys of the group; it is a parameter where one of these is.
         memory: Two outputs with equal memory are one tensor; None is equal to nothing.
         name: What to call it while it is computed.
+        blocks: Yields the same values front to back in pieces of any shape, where they can be computed so. A piece
+            is written while the next one is computed, and must not change any more.
     """
 
     entry: Entry
@@ -65,6 +67,14 @@ class Made:
     like: tuple[str, ...] = ()
     memory: Hashable = None
     name: str = ""
+    blocks: Callable[[], Iterator[Tensor]] | None = None
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Yield the values front to back, in as many contiguous pieces as it takes."""
+        if self.blocks is None:
+            yield self.make()
+        else:
+            yield from self.blocks()
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,10 @@ class SafetensorsSink:
     def _jobs(self, file: _File, out: OutputFile) -> Iterator[Job]:
         for key in file.order:
             entry, piece = self._tensors[key]
-            yield _job(piece, nbytes(entry), out)
+            if isinstance(piece, Extent):
+                yield Job("", nbytes(entry), partial(out.copy, piece), 0)
+            else:
+                yield from _computing(piece, out)
 
     def _check(self, file: _File, path: Path) -> None:
         """Read the header back, with its offsets against the size of the file."""
@@ -101,11 +104,11 @@ class SafetensorsSink:
         return {"metadata": {"total_size": total}, "weight_map": places}
 
 
-def _job(piece: Piece, size: int, out: OutputFile) -> Job:
-    """Compute what has to be computed, and return the writing of it."""
-    if isinstance(piece, Extent):
-        return Job("", size, partial(out.copy, piece), 0)
-    return Job(piece.name, size, partial(_write, piece.make(), out), size)
+def _computing(made: Made, out: OutputFile) -> Iterator[Job]:
+    """Compute a tensor piece by piece, and yield the writing of each."""
+    for tensor in made.pieces():
+        size = tensor.numel() * tensor.element_size()
+        yield Job(made.name, size, partial(_write, tensor, out), size)
 
 
 def _write(tensor: Tensor, out: OutputFile) -> None:

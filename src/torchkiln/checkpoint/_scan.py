@@ -12,7 +12,7 @@ from torchkiln._core.spellings.evaluate import Evaluator
 from torchkiln._core.spellings.options import Options
 from torchkiln._core.spellings.recognise import Recognised, recognise
 from torchkiln._core.spellings.spelled import Spelled
-from torchkiln.checkpoint._io import CheckpointFile, Group, Label
+from torchkiln.checkpoint._io import CheckpointFile, Extent, Group, Label
 from torchkiln.checkpoint._report import Note
 
 __all__ = ["Found", "Recent", "Scan", "known_dim", "refuse_blocked", "scan"]
@@ -35,6 +35,10 @@ class Recent:
         """Return a value that is equal for two keys exactly when they hold the same memory."""
         return self._file.identity(group, key)
 
+    def extent(self, group: Group, key: str) -> Extent | None:
+        """Return the bytes of one tensor where they lie together and in order."""
+        return self._file.extent(group, key)
+
     def forget(self) -> None:
         """Give the memory back."""
         self._kept.clear()
@@ -55,6 +59,10 @@ class Found:
     def read(self, key: str) -> Tensor:
         """Return one tensor of its group."""
         return self.recent.read(self.group, key)
+
+    def extent(self, key: str) -> Extent | None:
+        """Return the bytes of one tensor of its group where they lie together and in order."""
+        return self.recent.extent(self.group, key)
 
     def forget(self) -> None:
         """Give back the memory of everything that was read."""

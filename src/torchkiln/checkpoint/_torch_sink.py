@@ -18,7 +18,7 @@ from torch.storage import TypedStorage
 
 from torchkiln._core.errors import CheckpointError
 from torchkiln.checkpoint._bytes import Extent, InputFile, OutputFile, as_bytes, chunks
-from torchkiln.checkpoint._io import Content, Made, Piece
+from torchkiln.checkpoint._io import Content, Piece
 from torchkiln.checkpoint._stream import Advance, Job, pump
 from torchkiln.checkpoint._torch_archive import read_archive
 
@@ -160,34 +160,58 @@ class _Rest:
 def write_archive(out: OutputFile, records: list[Record], advance: Advance) -> None:
     """Write an archive that torch maps: records as they are, each at a multiple of 64 bytes, with checksums."""
     rest = _Rest(out)
-    with zipfile.ZipFile(cast("IO[bytes]", rest), "w", zipfile.ZIP_STORED) as archive:
+    archive = zipfile.ZipFile(cast("IO[bytes]", rest), "w", zipfile.ZIP_STORED)
+    try:
         pump(_jobs(archive, rest, records), advance)
+    except BaseException:
+        # Half a record cannot be finished, which closing would try; the file is going to be removed.
+        archive.fp = None
+        raise
+    archive.close()
 
 
 def _jobs(archive: zipfile.ZipFile, rest: _Rest, records: list[Record]) -> Iterator[Job]:
-    """Compute what has to be computed, and yield the writing of it."""
+    """Compute what has to be computed piece by piece, and yield the writing of it."""
     for name, size, piece in records:
-        write = partial(_write_record, archive, rest, name, size)
-        if isinstance(piece, Made):
-            yield Job(piece.name, size, partial(write, piece.make()), size)
+        record = _Record(archive, rest, name, size)
+        if isinstance(piece, Extent):
+            yield Job("", size, partial(record.copy, piece), 0)
+        elif isinstance(piece, bytes):
+            yield Job("", 0, partial(record.write, piece), 0)
         else:
-            yield Job("", 0 if isinstance(piece, bytes) else size, partial(write, piece), 0)
+            for tensor in piece.pieces():
+                held = tensor.numel() * tensor.element_size()
+                yield Job(piece.name, held, partial(record.write_tensor, tensor), held)
+        yield Job("", 0, record.close, 0)
 
 
-def _write_record(
-    archive: zipfile.ZipFile, rest: _Rest, name: str, size: int, data: bytes | Extent | Tensor
-) -> None:
-    info = zipfile.ZipInfo(f"archive/{name}")
-    info.file_size = size
-    _align(info, rest.tell())
-    with archive.open(info, "w", force_zip64=size >= _LARGE) as stream:
-        if isinstance(data, Extent):
-            for chunk in chunks(data):
-                stream.write(chunk)
-        else:
-            stream.write(data if isinstance(data, bytes) else as_bytes(data))
-    if isinstance(data, Extent):
-        data.check(info.CRC)
+class _Record:
+    """One record of an archive, begun when its first bytes come: until then another one is being written."""
+
+    def __init__(self, archive: zipfile.ZipFile, rest: _Rest, name: str, size: int) -> None:
+        self._archive, self._rest = archive, rest
+        self._info = zipfile.ZipInfo(f"archive/{name}")
+        self._info.file_size = size
+        self._stream: IO[bytes] | None = None
+
+    def write(self, data: bytes | memoryview) -> None:
+        if self._stream is None:
+            _align(self._info, self._rest.tell())
+            large = self._info.file_size >= _LARGE
+            self._stream = self._archive.open(self._info, "w", force_zip64=large)
+        self._stream.write(data)
+
+    def write_tensor(self, tensor: Tensor) -> None:
+        self.write(as_bytes(tensor))
+
+    def copy(self, extent: Extent) -> None:
+        for chunk in chunks(extent):
+            self.write(chunk)
+
+    def close(self) -> None:
+        self.write(b"")  # of a tensor without elements there were no bytes so far
+        assert self._stream is not None
+        self._stream.close()
 
 
 def _align(info: zipfile.ZipInfo, offset: int) -> None:

@@ -1,0 +1,115 @@
+"""Folded tensors, computed when the writer asks for them, with what there is to say of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torchkiln._core.spellings.evaluate import Evaluation
+from torchkiln.checkpoint._check import check, check_block
+from torchkiln.checkpoint._io import Change, Entry, Made
+from torchkiln.checkpoint._report import Folded, Note
+from torchkiln.checkpoint._rows import Rowwise, folding
+from torchkiln.checkpoint._scan import Found, known_dim
+from torchkiln.checkpoint._select import Renaming
+
+__all__ = ["Folding", "dtype_name"]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what to call a dtype.
+
+    Example:
+        >>> dtype_name(torch.float32)
+        'float32'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass
+class Folding:
+    """Computes tensors when the writer asks for them, and remembers what there is to say of each.
+
+    Attributes:
+        rename: The new names.
+        dtype: What every float becomes; None leaves each its own.
+        verify: Whether to compute each in another way too, and compare.
+    """
+
+    rename: Renaming
+    dtype: torch.dtype | None
+    verify: bool
+    _said: dict[Hashable, Evaluation] = field(default_factory=dict)
+
+    def change(self, found: Found) -> Change:
+        """Return what is to take the place of a parametrized tensor's keys."""
+        item, by_rows = found.item, folding(found)
+        # Tensors tied before are tied after: the same memory in, the same memory out.
+        made = Made(
+            Entry(item.entry.shape, self._dtype(found)),
+            lambda: self._whole(found),
+            like=found.keys,
+            memory=found.evaluate.identity(item),
+            name=found.name,
+            blocks=None if by_rows is None else lambda: self._by_rows(found, by_rows),
+        )
+        return Change(found.group, found.keys, {self.rename(item.name): made}, before=found.labels)
+
+    def _dtype(self, found: Found) -> torch.dtype:
+        own = found.item.entry.dtype
+        return self.dtype if self.dtype is not None and own.is_floating_point else own
+
+    def _whole(self, found: Found) -> Tensor:
+        result = found.evaluate(found.item)
+        value = result.tensor.to(self._dtype(found)).contiguous()
+        if self.verify:
+            check(found, value, result)
+        found.forget()
+        self._remember(found, result)
+        return value
+
+    def _by_rows(self, found: Found, by_rows: Rowwise) -> Iterator[Tensor]:
+        dtype, finite = self._dtype(found), True
+        result = Evaluation(dim=by_rows.dim, assumptions=list(found.item.assumptions))
+        for computed, inputs in by_rows.blocks():
+            value = computed.to(dtype)
+            if self.verify:
+                check_block(found, value, by_rows.expected(*inputs))
+            finite = finite and math.isfinite(float(computed.sum()))
+            result.tensor = computed
+            yield value
+        if not finite:  # rare, and what is wrong shows in the whole
+            result = found.evaluate(found.item)
+            found.forget()
+        self._remember(found, result)
+
+    def _remember(self, found: Found, result: Evaluation) -> None:
+        # What is said of a tensor is kept, its values are not.
+        result.tensor = torch.empty(0, dtype=result.tensor.dtype)
+        self._said[found.evaluate.identity(found.item)] = result
+
+    def row(self, found: Found) -> Folded:
+        """Return the report's row of a tensor, from names and shapes alone where it was not computed."""
+        item, dtype = found.item, self._dtype(found)
+        said = self._said.get(found.evaluate.identity(item))
+        computed = said.tensor.dtype if said else dtype
+        return Folded(
+            name=found.name,
+            spelling=item.spelling,
+            shape=item.entry.shape,
+            dtype=dtype_name(dtype),
+            keys=found.keys,
+            written=(self.rename(item.name),),
+            dim=said.dim if said else known_dim(found),
+            assumptions=tuple(said.assumptions) if said else item.assumptions,
+            notes=() if computed == dtype else (f"computed in {dtype_name(computed)}, rounded once",),
+        )
+
+    def warnings(self, found: Sequence[Found]) -> list[Note]:
+        """Return what is wrong with the values that were computed."""
+        said = [(one, self._said.get(one.evaluate.identity(one.item))) for one in found]
+        return [Note("warning", one.name, text) for one, result in said if result for text in result.warnings]
