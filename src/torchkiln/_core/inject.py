@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from torchkiln._core.cache import any_scope_open, cached_value, evaluate_once
 from torchkiln._core.chain import ParametrizationList
+from torchkiln._core.distribute import APPLIED, applied
 from torchkiln._core.errors import ComputedTensorError
 from torchkiln._core.spellings.respell import read_every_spelling
 from torchkiln._core.stand_in import SWAP, swap_in, swapped_out
@@ -106,6 +107,7 @@ def _new_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
         "__qualname__": name,
         "__getattr__": _missing_attribute(base),
         "__reduce_ex__": _reduce_ex,
+        APPLIED: applied,
         "__prepare_scriptable__": _refuse_scripting,
         "register_parameter": _keeping_computed(base),
     }

@@ -21,6 +21,7 @@ from torchkiln._core.chain import (
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.inject import base_class, chain_of, set_names
 from torchkiln._core.optimizers import Optimizers, Replacement, follow, parameters_of
+from torchkiln._core.sharded import holds_everywhere, is_sharded, shard_of
 from torchkiln._core.state import unfollow_forward, value_at_rest
 from torchkiln._core.ties import Place, chain_slots, label, other_holders
 from torchkiln._core.warn import warn
@@ -29,6 +30,7 @@ __all__ = [
     "computed_value",
     "is_finite",
     "leaf_originals",
+    "new_tensor",
     "remove_parametrizations",
     "settle",
     "surviving_original",
@@ -125,6 +127,8 @@ def _exchange(place: Place, value: Tensor, *, keep_object: bool, optimizer: Opti
 
 def is_finite(value: Tensor) -> bool:
     """Return whether ``value`` has neither NaN nor infinity; True where it has no plain data to look at."""
+    if is_sharded(value):
+        return holds_everywhere(is_finite(shard_of(value)), value)
     looks = _has_plain_memory(value) and not value.is_meta
     if not looks or not (value.is_floating_point() or value.is_complex()):
         return True
@@ -204,7 +208,7 @@ def settle(module: nn.Module, name: str, value: Tensor, *, keep_object: bool = T
         survivor = None
     with all_or_nothing(module, *([] if survivor is None else [survivor])):
         if survivor is None:
-            tensor = _new_tensor(value, chain)
+            tensor = new_tensor(value, chain)
         else:
             _take_over(survivor, value)
             tensor = survivor
@@ -225,7 +229,7 @@ def _take_over(survivor: Tensor, value: Tensor) -> None:
         ) from error
 
 
-def _new_tensor(value: Tensor, chain: nn.Module) -> Tensor:
+def new_tensor(value: Tensor, chain: nn.Module) -> Tensor:
     """Return ``value`` as a parameter where a parameter was parametrized, frozen or not, else as a buffer."""
     originals = [original for original in leaf_originals(chain) if isinstance(original, nn.Parameter)]
     if not originals:

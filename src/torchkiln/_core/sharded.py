@@ -28,11 +28,13 @@ from torchkiln._core.errors import ParametrizationError
 
 __all__ = [
     "beside",
+    "distributed_like",
     "evaluate",
     "holds_everywhere",
     "invert",
     "is_sharded",
     "placements_of",
+    "replicated_like",
     "settled",
     "shard_of",
     "share",
@@ -94,6 +96,22 @@ def share(tensor: Tensor, like: Tensor) -> Tensor:
         for group in map(mesh.get_group, range(mesh.ndim)):
             torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, 0), group=group)
     return tensor
+
+
+def distributed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the first process's ``tensor``, distributed as ``like`` is along the dimensions that both have."""
+    from torch.distributed.tensor import distribute_tensor
+
+    placements = _fit(placements_of(like) or (), tensor, like.shape)
+    return distribute_tensor(tensor.contiguous(), cast(Any, like).device_mesh, placements)
+
+
+def replicated_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the first process's ``tensor`` on every process that ``like`` is distributed over."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = cast(Any, like).device_mesh
+    return distribute_tensor(tensor.contiguous(), mesh, [_replicate()] * mesh.ndim)
 
 
 def holds_everywhere(condition: bool, tensor: Tensor) -> bool:
@@ -237,15 +255,10 @@ def invert(step: nn.Module, value: Tensor) -> Any:
 
 
 def _inverse_of_whole(step: nn.Module, right_inverse: Callable[[Tensor], Any], value: Tensor) -> Any:
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, placements = cast(Any, value).device_mesh, placements_of(value) or ()
     result = right_inverse(whole(value))
     for buffer in step.buffers():
         share(buffer, value)
-    return _each(
-        result, lambda one: distribute_tensor(one.contiguous(), mesh, _fit(placements, one, value.shape))
-    )
+    return _each(result, lambda one: distributed_like(one, value))
 
 
 def _each(result: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchkiln._core.errors import ParametrizationError
 from torchkiln._core.remove import is_finite
+from torchkiln._core.sharded import shard_of, whole
 from torchkiln.models._find import Found
 
 __all__ = ["check_finite", "check_stored", "does_nothing", "round_to", "same"]
@@ -22,7 +23,7 @@ def check_finite(one: Found, value: Tensor) -> None:
     """Raise where a computed value is not finite."""
     if is_finite(value):
         return
-    bad = value.numel() - int(torch.isfinite(value).sum())
+    bad = value.numel() - int(whole(torch.isfinite(value).sum()))
     raise ParametrizationError(
         f"{one.path}: {bad} of {value.numel()} values computed by {one.fold.what()} are not finite; "
         "nothing was changed.\n"
@@ -40,8 +41,9 @@ def round_to(
     rounded = [value.to(dtype) if value.is_floating_point() else value for value in values]
     for one, before, after in zip(found, values, rounded, strict=True):
         if not is_finite(after):
+            largest = float(whole(before.abs().max()))
             raise ParametrizationError(
-                f"{one.path}: values up to {float(before.abs().max()):.4g} do not fit {dtype}; nothing was changed.\n"
+                f"{one.path}: values up to {largest:.4g} do not fit {dtype}; nothing was changed.\n"
                 f"Bake to a wider dtype, or leave the tensor out: exclude={one.path!r}."
             )
     return rounded, [_error(before, after) for before, after in zip(values, rounded, strict=True)]
@@ -50,8 +52,8 @@ def round_to(
 def _error(before: Tensor, after: Tensor) -> float:
     if after.dtype == before.dtype or before.is_meta or before.numel() == 0:
         return 0.0
-    largest = float(before.abs().max())
-    return float((after.double() - before.double()).abs().max()) / largest if largest else 0.0
+    largest = float(whole(before.abs().max()))
+    return float(whole((after.double() - before.double()).abs().max())) / largest if largest else 0.0
 
 
 def does_nothing(found: list[Found], values: list[Tensor]) -> bool:
@@ -78,4 +80,5 @@ def check_stored(path: str, stored: object, value: Tensor) -> None:
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
+    tensor = shard_of(tensor)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
