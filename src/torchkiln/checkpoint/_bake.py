@@ -11,12 +11,13 @@ import torch
 from torchkiln._core.errors import NothingToFoldError
 from torchkiln._core.spellings.options import Options
 from torchkiln.checkpoint._bytes import nbytes
+from torchkiln.checkpoint._cast import Casting
 from torchkiln.checkpoint._folding import Folding, dtype_name
 from torchkiln.checkpoint._io import Change, CheckpointFile, Group, Made
 from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import FileReport, Note
 from torchkiln.checkpoint._scan import Found, Scan, refuse_blocked, scan
-from torchkiln.checkpoint._select import Renaming, check_dtype, picked, plain_changes
+from torchkiln.checkpoint._select import Renaming, picked
 from torchkiln.checkpoint._write import Container, Plan, Progress, plan_copy
 
 __all__ = ["bake", "container_notes"]
@@ -92,7 +93,6 @@ def bake(
         >>> torch.load(folder + "/plain.pt")
         {'weight': tensor([[6., 8.]])}
     """
-    check_dtype(dtype)
     options, renaming = Options(assume, dims), Renaming(rename)
     with open_checkpoint(source) as file:
         scanned = scan(file, options)
@@ -106,7 +106,8 @@ def bake(
             raise NothingToFoldError(_nothing(source, left))
         folding = Folding(renaming, dtype, verify=verify)
         changes = [folding.change(found) for found in chosen]
-        changes += plain_changes(file, _unfolded(scanned, left), rename=renaming, dtype=dtype)
+        casting = Casting(file, renaming, dtype)
+        changes += casting.changes(_unfolded(scanned, left))
         for group in file.groups:
             renaming.check(group, [change for change in changes if change.group is group])
         renaming.check_used(str(source))
@@ -115,7 +116,8 @@ def bake(
         size = plan.size if dry_run else plan.write(force=force, progress=progress)
         rows = tuple(folding.row(found) for found in chosen)
         notes = [*scanned.notes, *container_notes(file, plan), *_left(left)]
-        notes += [*_casts(changes, dtype), *folding.warnings(chosen), *(_planned(plan) if dry_run else ())]
+        notes += [*_casts(changes, dtype), *folding.warnings(chosen), *casting.warnings]
+        notes += [*(_planned(plan) if dry_run else ())]
         kept = len(file.entries) - sum(len(found.keys) for found in chosen)
     return FileReport(str(source), str(target), rows, kept, tuple(notes), size)
 

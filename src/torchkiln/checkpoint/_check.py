@@ -17,7 +17,7 @@ from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.evaluate import Evaluation
 from torchkiln.checkpoint._scan import Found
 
-__all__ = ["beyond", "check", "check_block", "errors", "tolerance"]
+__all__ = ["beyond", "check", "check_block", "errors", "overflows", "tolerance"]
 
 # Rounding of a sum of products in the dtype it is computed in, relative to the tensor's largest magnitude.
 _ROUNDINGS = 256
@@ -64,6 +64,13 @@ def check_block(found: Found, value: Tensor, expected: Tensor) -> None:
     difference = expected.sub_(value)
     if not _magnitude(difference) <= tolerance(precision, folded=True) * scale:
         _compare(found, value, difference.add_(value))
+
+
+def overflows(value: Tensor, source: Tensor) -> bool:
+    """Tell whether a cast made values infinite that were not."""
+    if value.numel() == 0 or math.isfinite(_magnitude(value)):
+        return False
+    return not torch.equal(torch.isfinite(value), torch.isfinite(source))
 
 
 def _compare(found: Found, value: Tensor, expected: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._core.spellings.evaluate import Evaluation
-from torchkiln.checkpoint._check import check, check_block
+from torchkiln.checkpoint._check import check, check_block, overflows
 from torchkiln.checkpoint._io import Change, Entry, Made
 from torchkiln.checkpoint._report import Folded, Note
 from torchkiln.checkpoint._rows import Rowwise, folding
@@ -28,6 +28,10 @@ def dtype_name(dtype: torch.dtype) -> str:
         'float32'
     """
     return str(dtype).removeprefix("torch.")
+
+
+def _too_large(found: Found, dtype: torch.dtype) -> str:
+    return f"{found.name}: has values beyond the range of {dtype_name(dtype)}, which become infinite"
 
 
 @dataclass
@@ -69,22 +73,27 @@ class Folding:
         if self.verify:
             check(found, value, result)
         found.forget()
+        if overflows(value, result.tensor):
+            result.warnings.append(_too_large(found, value.dtype))
         self._remember(found, result)
         return value
 
     def _by_rows(self, found: Found, by_rows: Rowwise) -> Iterator[Tensor]:
-        dtype, finite = self._dtype(found), True
+        dtype, finite, fits = self._dtype(found), True, True
         result = Evaluation(dim=by_rows.dim, assumptions=list(found.item.assumptions))
         for computed, inputs in by_rows.blocks():
             value = computed.to(dtype)
             if self.verify:
                 check_block(found, value, by_rows.expected(*inputs))
             finite = finite and math.isfinite(float(computed.sum()))
+            fits = fits and not overflows(value, computed)
             result.tensor = computed
             yield value
         if not finite:  # rare, and what is wrong shows in the whole
             result = found.evaluate(found.item)
             found.forget()
+        if not fits:
+            result.warnings.append(_too_large(found, dtype))
         self._remember(found, result)
 
     def _remember(self, found: Found, result: Evaluation) -> None:

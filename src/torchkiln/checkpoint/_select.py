@@ -1,19 +1,16 @@
-"""What the caller wants of the copy besides the folding: which tensors, under which names, in which dtype."""
+"""What the caller wants of the copy besides the folding: which tensors, and under which names."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
 
 from torchkiln._core.errors import CheckpointError
 from torchkiln._core.spellings.options import Patterns
-from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Kept, Made
+from torchkiln.checkpoint._io import Change, Group
 from torchkiln.checkpoint._scan import Found
 
-__all__ = ["Renaming", "check_dtype", "picked", "plain_changes"]
+__all__ = ["Renaming", "picked"]
 
 
 def picked(
@@ -94,39 +91,3 @@ class Renaming:
         for old, _ in self._beginnings:
             if old not in self._used:
                 raise CheckpointError(f'rename: no tensor of {where} begins with "{old}".')
-
-
-def check_dtype(dtype: torch.dtype | None) -> None:
-    """Raise unless every float can be written in a dtype.
-
-    Raises:
-        CheckpointError: It is not for floats.
-    """
-    if dtype is not None and not dtype.is_floating_point:
-        raise CheckpointError(f"dtype: expected a floating dtype, got {dtype}.")
-
-
-def plain_changes(
-    file: CheckpointFile, plain: Mapping[Group, Sequence[str]], *, rename: Renaming, dtype: torch.dtype | None
-) -> Iterator[Change]:
-    """Yield what is to happen to tensors that are not folded: another name, another dtype, or nothing.
-
-    Args:
-        file: Where they are.
-        plain: Their keys.
-        rename: Their new names.
-        dtype: The dtype for those of floats; None leaves each its own.
-    """
-    for group, keys in plain.items():
-        for key in keys:
-            name, entry = rename(key), group.entries[key]
-            cast = dtype is not None and entry.dtype.is_floating_point and entry.dtype != dtype
-            if cast or name != key:
-                output = _cast(file, group, key, dtype) if cast and dtype is not None else Kept(key)
-                yield Change(group, (key,), {name: output})
-
-
-def _cast(file: CheckpointFile, group: Group, key: str, dtype: torch.dtype) -> Made:
-    make: Callable[[], Tensor] = lambda: file.read(group, key).detach().to(dtype).contiguous()  # noqa: E731  # one line
-    entry = Entry(group.entries[key].shape, dtype)
-    return Made(entry, make, like=(key,), memory=(file.identity(group, key), dtype))

@@ -1,0 +1,86 @@
+"""Tensors that are not folded: another name, another dtype, or as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torchkiln._core.errors import CheckpointError
+from torchkiln.checkpoint._check import overflows
+from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Kept, Made
+from torchkiln.checkpoint._report import Note
+from torchkiln.checkpoint._rows import rows_of
+from torchkiln.checkpoint._select import Renaming
+
+__all__ = ["DTYPES", "Casting"]
+
+# Narrower ones need a scale for each tensor, and a file whose reader knows where that is.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+}
+
+
+@dataclass
+class Casting:
+    """Makes the changes of tensors that are not folded, and remembers which of them do not fit their new dtype.
+
+    Attributes:
+        file: Where they are.
+        rename: Their new names.
+        dtype: The dtype for those of floats; None leaves each its own.
+
+    Raises:
+        CheckpointError: The dtype is not one that every float can be written in.
+    """
+
+    file: CheckpointFile
+    rename: Renaming
+    dtype: torch.dtype | None
+    warnings: list[Note] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES.values():
+            raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}.")
+
+    def changes(self, plain: Mapping[Group, Sequence[str]]) -> Iterator[Change]:
+        """Yield what is to happen to tensors, by group and key; those that stay as they are have no change."""
+        for group, keys in plain.items():
+            for key in keys:
+                name, own = self.rename(key), group.entries[key].dtype
+                if self.dtype is not None and own.is_floating_point and own != self.dtype:
+                    yield Change(group, (key,), {name: self._cast(group, key, self.dtype)})
+                elif name != key:
+                    yield Change(group, (key,), {name: Kept(key)})
+
+    def _cast(self, group: Group, key: str, dtype: torch.dtype) -> Made:
+        shape = group.entries[key].shape
+        return Made(
+            Entry(shape, dtype),
+            lambda: next(self._blocks(group, key, dtype)),
+            like=(key,),
+            memory=(self.file.identity(group, key), dtype),
+            blocks=lambda: self._blocks(group, key, dtype),
+        )
+
+    def _blocks(self, group: Group, key: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        fits = True
+        for source in self._sources(group, key):
+            value = source.to(dtype).contiguous()
+            fits = fits and not overflows(value, source)
+            yield value
+        if not fits:
+            name = group.full_name(key)
+            text = f"{name}: has values beyond the range of {str(dtype).removeprefix('torch.')}, which become infinite"
+            self.warnings.append(Note("warning", name, text))
+
+    def _sources(self, group: Group, key: str) -> Iterator[Tensor]:
+        extent, entry = self.file.extent(group, key), group.entries[key]
+        if extent is None or not entry.shape or 0 in entry.shape:
+            yield self.file.read(group, key).detach()
+        else:
+            for (rows,) in rows_of([(extent, entry)]):
+                yield rows
