@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,7 +96,8 @@ class Chain(Parametrization):
     .. math:: W = f_p( \cdots f_1(X))
 
     The same as registering them one by one; as one it can be a part of a :class:`Product`. The last one's constraint
-    holds; earlier ones hold as far as the later ones keep them. Only the first may have several originals.
+    holds; earlier ones hold as far as the later ones keep them: a symmetric matrix stays symmetric when it is scaled.
+    Only the first may have several originals.
 
     Numerics:
         Those of its links. The way back is theirs, last to first, so a value is kept where each link keeps it.
@@ -143,8 +146,15 @@ class Chain(Parametrization):
             W = family(W)
         return W
 
+    @torch.no_grad()
     def residual(self, W: Tensor) -> Tensor:
-        return _residual(self.families[-1], W)
+        """Return the largest residual on the way back, each family's of what the later ones lead back to."""
+        last, *earlier = reversed(list(deepcopy(self).families))
+        violations = [_residual(last, W)]
+        for later, family in pairwise([last, *earlier]):
+            W = later.right_inverse(W)  # type: ignore[operator]  # mypy: Tensor | Module
+            violations.append(_residual(family, W))
+        return largest(*violations)
 
     def _arguments(self) -> dict[str, Any]:
         return {"families": list(self.families)}
