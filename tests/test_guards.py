@@ -167,6 +167,7 @@ PUBLIC: dict[str, list[str]] = {
         "bake",
         "baked",
         "checkpoint",
+        "distributed",
         "families",
         "functional_call",
         "install",

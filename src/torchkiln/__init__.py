@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from torchkiln import families, parametrizations, parametrize
+from torchkiln import distributed, families, parametrizations, parametrize
 from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import (
     CheckpointError,
@@ -48,6 +48,7 @@ __all__ = [
     "bake",
     "baked",
     "checkpoint",
+    "distributed",
     "families",
     "functional_call",
     "install",

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchkiln._core.engine import prepare
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.request import check_lazy, no_tensor
 from torchkiln._core.sharded import shard_of, share
@@ -30,6 +31,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
+    prepare([module])
     tensor = getattr(module, name, None)
     if not isinstance(tensor, Tensor):
         raise no_tensor(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchkiln._core.chain import set_data
+from torchkiln._core.engine import balance
 
 __all__ = ["all_or_nothing"]
 
@@ -38,6 +39,7 @@ def all_or_nothing(module: nn.Module, *tensors: Tensor) -> Iterator[None]:
             # Writing unchanged data back would count as a write, and end graphs that have saved the tensor.
             if _version(tensor) != version:
                 set_data(tensor, before)
+        balance([module])
         raise
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchkiln._core.attributes import parameter_like
 from torchkiln._core.checks import check_alike, check_output, initial_inverse, is_opaque
+from torchkiln._core.engine import versions
 from torchkiln._core.errors import InverseError, ParametrizationError
 from torchkiln._core.sharded import Placements, evaluate, invert, is_sharded, placements_of
 
@@ -175,9 +176,11 @@ class ParametrizationList(nn.ModuleList):
             if step.training and getattr(type(step), "advances_state", False):
                 if torch.compiler.is_compiling():
                     return
-                tensors = (*self.parameters(), *self._buffers.values())
-                versions = ((id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference())  # type: ignore[union-attr]  # no original is None
-                step.__dict__["_change"] = tuple(versions)
+                step.__dict__["_change"] = versions(self) or self._versions()
+
+    def _versions(self) -> tuple[Any, ...]:
+        tensors = (*self.parameters(), *self._buffers.values())
+        return tuple((id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference())  # type: ignore[union-attr]  # no original is None
 
     def right_inverse(self, value: Tensor) -> None:
         """Set the originals so that the chain computes ``value``, or its projection on what it can compute.

@@ -34,6 +34,9 @@ _MODULE = "torch.nn.utils.parametrize"
 # Weak on both sides: neither a user's class nor an injected class lives longer than its users.
 _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple[str, ...], type]]
 _classes = weakref.WeakKeyDictionary()
+# For each class that others have put on top of ours, or of what ours extends: the same on top of another.
+_exchanged: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[type, type]]
+_exchanged = weakref.WeakKeyDictionary()
 
 
 # These read a tensor once in a forward, so that nothing is gained by keeping it.
@@ -253,21 +256,31 @@ def _is_injected(cls: type) -> bool:
 def set_names(module: nn.Module, names: tuple[str, ...]) -> None:
     """Give ``module`` the class in which just ``names`` are computed; its own class again where there are none."""
     cls = type(module)
-    base = base_class(cls) or cls
+    held = next((parent for parent in cls.__mro__ if _is_injected(parent)), cls)
+    base = base_class(held) or held
     wanted = parametrized_class(base, names) if names else base
-    new = wanted if base is cls else _exchange(cls, wanted)
+    new = _exchange(cls, wanted, held)
     # Around any __setattr__ of the user's class.
     object.__setattr__(module, "__class__", new)
 
 
-def _exchange(cls: type, wanted: type) -> type:
-    """Return ``cls`` with the injected class in it, or under it, exchanged for ``wanted``."""
-    if _is_injected(cls):
+def _exchange(cls: type, wanted: type, held: type) -> type:
+    """Return ``cls`` with ``held``, which it is or extends, exchanged for ``wanted``; the same class each time."""
+    if cls is held:
         return wanted
-    bases = tuple(_exchange(parent, wanted) if base_class(parent) else parent for parent in cls.__bases__)
+    known = _exchanged.setdefault(cls, weakref.WeakValueDictionary()).get(wanted)
+    if known is not None:
+        return known
+    bases = tuple(
+        _exchange(parent, wanted, held) if issubclass(parent, held) else parent for parent in cls.__bases__
+    )
     namespace = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
     metaclass = type(wanted) if issubclass(type(wanted), type(cls)) else type(cls)
-    return _make_class(metaclass, cls.__name__, bases, namespace)
+    name = cls.__name__.replace(held.__name__, wanted.__name__)
+    new = _make_class(metaclass, name, bases, namespace)
+    _exchanged[cls][wanted] = new
+    _exchanged.setdefault(new, weakref.WeakValueDictionary())[held] = cls
+    return new
 
 
 # --- copies and pickles -------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torchkiln._core.chain import (
     steps_of,
 )
 from torchkiln._core.checks import check_step
+from torchkiln._core.engine import balance, prepare
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.inject import set_names
 from torchkiln._core.optimizers import Optimizers, Replacement, follow, parameters_of
@@ -94,6 +95,7 @@ def register_parametrization(
         True
     """
     check_request(module, tensor_name, parametrization)
+    prepare([module], parametrization)
     was_training = parametrization.training
     parametrization.train(module.training)
     try:
@@ -124,6 +126,7 @@ def _begin(
         chain = ParametrizationList([step], original, unsafe)
         for one in places:
             _put_in_place(chain if one is place else _twin(chain), one)
+        balance(one.module for one in places)
         replacement.after, replacement.after_extra = parameters_of(chain, name)
         follow(optimizer, [replacement], root=tied_in or module)
     return places
@@ -213,6 +216,7 @@ def _append(
             stack.enter_context(all_or_nothing(one))
             # Not append(): where the original is parametrized the chain has a submodule that is no step.
             one.add_module(str(len(steps_of(one))), step)
+        balance(one.module for one in places)
         replacement.after, replacement.after_extra = parameters_of(chain, name)
         follow(optimizer, [replacement], root=tied_in or module)
     for one in chains:

@@ -18,6 +18,7 @@ from torchkiln._core.chain import (
     register_tensor,
     set_data,
 )
+from torchkiln._core.engine import balance, prepare
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.inject import base_class, chain_of, set_names
 from torchkiln._core.optimizers import Optimizers, Replacement, follow, parameters_of
@@ -85,6 +86,7 @@ def remove_parametrizations(
         raise ParametrizationError(
             f"Module {describe(module)} does not have a parametrization on {tensor_name}"
         )
+    prepare([module])
     chain, place = chains_of(module)[tensor_name], Place(module, tensor_name)
     tied: list[Place] = []
     if leave_parametrized:
@@ -120,6 +122,7 @@ def _exchange(place: Place, value: Tensor, *, keep_object: bool, optimizer: Opti
     kept = surviving_original(chain)
     with all_or_nothing(module, *([] if kept is None else [kept])):
         settle(module, name, value, keep_object=keep_object or value is kept)
+        balance([module])
         plain = module._parameters.get(name)
         replacement.after = {} if plain is None else {name: plain}
         follow(optimizer, [replacement], root=module)

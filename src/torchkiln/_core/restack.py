@@ -21,6 +21,7 @@ from torchkiln._core.chain import (
     set_data,
     steps_of,
 )
+from torchkiln._core.engine import balance
 from torchkiln._core.errors import ParametrizationError
 from torchkiln._core.optimizers import Optimizers, Replacement, follow, parameters_of
 from torchkiln._core.remove import leaf_originals
@@ -57,6 +58,7 @@ def commit_steps(
             if originals is not None:
                 _start_from(chain, originals)
             _hold_steps(chain, steps)
+        balance(place.module for place in places)
         replacement.after, replacement.after_extra = parameters_of(chains[0], name)
         follow(optimizer, [replacement], root=root or module)
 

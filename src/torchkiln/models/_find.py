@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from torchkiln._core.chain import chains_of, is_parametrized
+from torchkiln._core.engine import prepare
 from torchkiln._core.errors import TorchkilnWarning
 from torchkiln.models._fold import ChainFold, Fold
 from torchkiln.models._hooks import HookFold, hook_folds
@@ -45,6 +46,7 @@ def computed_tensors(model: nn.Module) -> list[Found]:
     What computes a stored tensor of another computed tensor belongs to that one: a pruned ``weight_v``, a
     parametrized original.
     """
+    prepare(model.modules())
     paths: dict[int, tuple[nn.Module, list[str]]] = {}
     for prefix, module in walk(model, "", frozenset()):
         paths.setdefault(id(module), (module, []))[1].append(prefix)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchkiln._core.atomic import all_or_nothing
 from torchkiln._core.attributes import parameter_like
 from torchkiln._core.chain import set_data
+from torchkiln._core.engine import balance
 from torchkiln._core.optimizers import Optimizers, Replacement, follow
 from torchkiln.models._check import check_finite, check_stored, same
 from torchkiln.models._find import Found
@@ -185,6 +186,7 @@ def commit(
         for module in owners.values():
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()
+        balance(owners.values())
         for result in results:
             stored = getattr(result.fold.module, result.fold.name)
             check_stored(result.fold.name, stored, result.tensor if result.value is None else result.value)

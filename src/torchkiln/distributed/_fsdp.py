@@ -1,0 +1,243 @@
+"""FSDP2's books: which parameter of which module it shards; they follow when a parametrization comes or goes.
+
+``fully_shard`` notes for each parameter the module and the name under which it swaps the sharded and the gathered
+tensor (``FSDPParam``), in groups that are communicated together. Registering moves a parameter into a chain, or makes
+two of it; removing does the reverse. ``balance`` compares the books with what the modules have: an entry whose
+parameter has moved is pointed to its new place, one whose parameter is gone is struck out, and a new sharded
+parameter gets an entry in the same group. Nothing is gathered for it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from torch.distributed.tensor import DTensor, Shard
+
+from torchkiln._core.chain import chains_of, is_parametrized
+from torchkiln._core.errors import ParametrizationError
+
+__all__ = ["balance", "reshard", "versions"]
+
+
+class Slot(NamedTuple):
+    """A place that holds a parameter."""
+
+    holder: nn.Module
+    name: str
+
+
+def groups_of(modules: Iterable[nn.Module]) -> list[FSDPParamGroup]:
+    """Return the groups that have a parameter of ``modules``, or of their chains."""
+    holders = {id(holder) for module in modules for holder in _holders(module)}
+    return [
+        group
+        for group in _all_groups()
+        if any(id(slot.holder) in holders for entry in group.fsdp_params for slot in _slots_of(entry))
+    ]
+
+
+def _all_groups() -> Iterator[FSDPParamGroup]:
+    states = {
+        id(state): state for ref in _module_state_mapping.values() if isinstance(state := ref(), FSDPState)
+    }
+    for state in states.values():
+        yield from state._fsdp_param_groups
+
+
+def _holders(module: nn.Module) -> list[nn.Module]:
+    """Return ``module`` and all that is in its chains."""
+    if not is_parametrized(module):
+        return [module]
+    return [module, *(inner for chain in chains_of(module).values() for inner in chain.modules())]
+
+
+def _slots_of(entry: FSDPParam) -> list[Slot]:
+    info = entry._module_info
+    return [
+        Slot(info.module, info.param_name),
+        *map(Slot, info.shared_modules, info.shared_param_names),
+    ]
+
+
+def reshard(modules: Sequence[nn.Module]) -> None:
+    """Let ``modules`` hold their sharded parameters, which are the ones that can be exchanged.
+
+    Raises:
+        ParametrizationError: A forward or backward pass is under way.
+    """
+    for group in groups_of(modules):
+        if group._training_state is not TrainingState.IDLE:
+            raise ParametrizationError(
+                f"FSDP is in the {group._training_state.name.lower()} pass of {group._module_fqn or 'a module'}: its "
+                "parameters cannot be exchanged now.\nRegister and remove between two steps."
+            )
+        group.wait_for_unshard()
+        group._to_sharded()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+
+def balance(modules: Sequence[nn.Module]) -> None:
+    """Bring the books up to what ``modules`` have now; what is right already stays."""
+    groups = groups_of(modules)
+    found = _found(modules) if groups else {}
+    templates = [(group, _follow(group, found)) for group in groups]
+    booked = {id(entry.sharded_param) for group in groups for entry in group.fsdp_params}
+    for key, slots in found.items():
+        parameter: Any = slots[0].holder._parameters[slots[0].name]
+        if key not in booked and isinstance(parameter, DTensor):
+            group, template = _fitting(templates, parameter)
+            _enter(group, template, parameter, slots)
+    for group, _ in templates:
+        _renew(group)
+    for holder in (holder for module in modules for holder in _holders(module) if groups):
+        _entries.pop(holder, None)
+        holder._is_fsdp_managed_module = True  # type: ignore[assignment]  # as fully_shard marks them
+        holder._fsdp_use_orig_params = True  # type: ignore[assignment]
+
+
+def _found(modules: Sequence[nn.Module]) -> dict[int, list[Slot]]:
+    """Return the places of each parameter in ``modules``."""
+    found: dict[int, list[Slot]] = {}
+    for holder in (holder for module in modules for holder in _holders(module)):
+        for name, parameter in holder._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append(Slot(holder, name))
+    return found
+
+
+def _follow(group: FSDPParamGroup, found: dict[int, list[Slot]]) -> FSDPParam:
+    """Point the entries of ``group`` to where their parameters are, strike out the others; return one as a template."""
+    template = group.fsdp_params[0]
+    kept = []
+    for entry in group.fsdp_params:
+        slots = [
+            slot for slot in _slots_of(entry) if slot.holder._parameters.get(slot.name) is entry.sharded_param
+        ]
+        slots += [slot for slot in found.get(id(entry.sharded_param), ()) if slot not in slots]
+        if slots:
+            kept.append(entry)
+            _point(entry, slots)
+        else:
+            template = entry
+            entry._post_load_hook_handle.remove()
+    group.fsdp_params = kept
+    return template
+
+
+def _point(entry: FSDPParam, slots: list[Slot]) -> None:
+    if _slots_of(entry) == slots:
+        return
+    (holder, name), *shared = slots
+    entry._post_load_hook_handle.remove()
+    entry._module_info = ParamModuleInfo(
+        holder, name, [slot.holder for slot in shared], [slot.name for slot in shared]
+    )
+    listen: Any = holder.register_load_state_dict_post_hook
+    entry._post_load_hook_handle = listen(lambda *_: _reset(entry))
+
+
+def _fitting(
+    templates: list[tuple[FSDPParamGroup, FSDPParam]], parameter: DTensor
+) -> tuple[FSDPParamGroup, FSDPParam]:
+    """Return the group that shards over the mesh of ``parameter``."""
+    for group, template in templates:
+        if template._sharding_spec.mesh == parameter.device_mesh:
+            return group, template
+    raise ParametrizationError(
+        f"a new parameter of shape {tuple(parameter.shape)} is sharded over {parameter.device_mesh}, and no group of "
+        "FSDP shards over that.\nShard the parameters of a parametrization over the mesh of its module."
+    )
+
+
+def _enter(group: FSDPParamGroup, template: FSDPParam, parameter: DTensor, slots: list[Slot]) -> None:
+    """Make an entry for ``parameter`` in ``group``, like that of ``template``."""
+    (holder, name), *shared = slots
+    placement = _placement(template, parameter)
+    entry = FSDPParam(
+        _unsharded_like(template, parameter),
+        ParamModuleInfo(holder, name, [slot.holder for slot in shared], [slot.name for slot in shared]),
+        template.mesh_info,
+        group.post_forward_mesh_info,
+        group.device,
+        lambda _: placement,
+        group.mp_policy,
+        group.offload_policy,
+    )
+    # It has made a parameter without data for the places; the real one takes its part.
+    entry.sharded_param = parameter  # type: ignore[assignment]  # an nn.Parameter that is a DTensor
+    for slot in slots:
+        slot.holder._parameters[slot.name] = parameter  # type: ignore[assignment]  # as above
+    group.fsdp_params.append(entry)
+
+
+def _placement(template: FSDPParam, parameter: DTensor) -> Shard:
+    ndim = template.mesh_info.mesh.ndim
+    found = [one for one in parameter.placements[:ndim] if isinstance(one, Shard)]
+    return found[0] if found else Shard(0)
+
+
+def _unsharded_like(template: FSDPParam, parameter: DTensor) -> nn.Parameter:
+    """Return the parameter as it was before FSDP sharded it, without data."""
+    spec = template._unsharded_dtensor_spec
+    if spec is None:
+        whole: Tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    else:
+        raise NotImplementedError
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
+def _renew(group: FSDPParamGroup) -> None:
+    """Let the entries know the data of their parameters, and the group its entries."""
+    for entry in group.fsdp_params:
+        _reset(entry)
+    if group._reset_sharded_params:  # it has run already
+        group._init_mp_dtypes()
+    if handles := group._module_to_pre_save_state_dict_hook_handle:
+        for handle in (*handles.values(), *group._module_to_pre_load_state_dict_hook_handle.values()):
+            handle.remove()
+        handles.clear()
+        group._module_to_pre_load_state_dict_hook_handle.clear()
+        group._register_state_dict_hooks()
+
+
+def _reset(entry: FSDPParam) -> None:
+    entry.reset_sharded_param()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+
+# --- versions -----------------------------------------------------------------------------------------------------
+
+# The entries of a chain, looked up once; weakly on both sides, since an entry refers to the chain.
+_entries: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[FSDPParam]]]
+_entries = weakref.WeakKeyDictionary()
+
+
+def versions(chain: nn.Module) -> tuple[Any, ...] | None:
+    """Return the identities and versions of the sharded parameters of ``chain``, and of its other tensors.
+
+    What a forward sees is the gathered parameter, which FSDP refills each time and leaves at the version it has.
+    """
+    if chain not in _entries:
+        holders = set(map(id, chain.modules()))
+        _entries[chain] = [
+            weakref.ref(entry)
+            for group in _all_groups()
+            for entry in group.fsdp_params
+            if any(id(slot.holder) in holders for slot in _slots_of(entry))
+        ]
+    entries = [entry for ref in _entries[chain] if (entry := ref()) is not None]
+    if not entries:
+        return None
+    booked: list[Tensor] = [entry.sharded_param for entry in entries]
+    known = {id(getattr(entry, "_unsharded_param", None)) for entry in entries} | set(map(id, booked))
+    others = [one for one in (*chain.parameters(), *chain._buffers.values()) if one is not None]
+    return tuple(
+        (id(one), one._version) for one in (*booked, *(one for one in others if id(one) not in known))
+    )
