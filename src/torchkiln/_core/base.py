@@ -131,6 +131,10 @@ class Parametrization(nn.Module):
             name: one for name, one in found.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
         }
 
+    def __repr__(self) -> str:
+        # One line also where it is made of others: what it is built from is in the arguments.
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def extra_repr(self) -> str:
         """Return the constructor's arguments that are neither the default nor shown as tensors or modules."""
         parameters = self._parameters_of_init()

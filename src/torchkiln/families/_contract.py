@@ -19,7 +19,6 @@ __all__ = [
     "check_positive",
     "check_tensor",
     "computed",
-    "described",
     "inverted",
     "largest",
     "square_or_tall",
@@ -89,11 +88,6 @@ class Projection(Parametrization):
 
     def _from_normal(self, Z: Tensor) -> Tensor:
         return self._nearest(Z)
-
-
-def described(family: Parametrization) -> str:
-    """Return class and arguments on one line: the repr of a family made of others has several."""
-    return f"{type(family).__name__}({family.extra_repr()})"
 
 
 def check_tensor(family: Parametrization, X: Tensor) -> None:

@@ -11,7 +11,6 @@ from torchkiln.families._contract import (
     check_argument,
     check_positive,
     computed,
-    described,
     inverted,
     largest,
 )
@@ -194,9 +193,7 @@ class FixedRankSemidefinite(Parametrization):
 def _rank(family: Parametrization, rank: int | None, A: Tensor) -> int:
     n = A.shape[-1]
     if rank is not None and not 0 < rank <= n:
-        raise ParametrizationError(
-            f"{described(family)}: the rank must be from 1 to {n} for shape {tuple(A.shape)}."
-        )
+        raise ParametrizationError(f"{family}: the rank must be from 1 to {n} for shape {tuple(A.shape)}.")
     return n if rank is None else rank
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import ParametrizationError
-from torchkiln.families._contract import computed, described, inverted, largest
+from torchkiln.families._contract import computed, inverted, largest
 from torchkiln.families._definite import PositiveDefinite
 from torchkiln.families._maps.elementwise import POSITIVE
 from torchkiln.families._orthogonal import SpecialOrthogonal, Stiefel
@@ -18,7 +18,7 @@ __all__ = ["PLU", "FixedRank", "Invertible", "LowRank", "SpecialLinear"]
 def _check_rank(family: Parametrization, rank: int, A: Tensor) -> None:
     if not 0 < rank <= min(A.shape[-2:]):
         raise ParametrizationError(
-            f"{described(family)}: the rank must be from 1 to {min(A.shape[-2:])} for shape {tuple(A.shape)}."
+            f"{family}: the rank must be from 1 to {min(A.shape[-2:])} for shape {tuple(A.shape)}."
         )
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import ParametrizationError
-from torchkiln.families._contract import check_positive, computed, described, inverted, largest
+from torchkiln.families._contract import check_positive, computed, inverted, largest
 from torchkiln.families._maps import structured as maps
 
 __all__ = ["BlockDiagonal", "Butterfly", "Kronecker", "Monarch"]
@@ -15,7 +15,7 @@ __all__ = ["BlockDiagonal", "Butterfly", "Kronecker", "Monarch"]
 def _check_divides(family: Parametrization, X: Tensor, *, rows: int, columns: int) -> None:
     if X.shape[-2] % rows or X.shape[-1] % columns:
         raise ParametrizationError(
-            f"{described(family)}: {rows} and {columns} must divide the sides of the matrix, got {tuple(X.shape)}."
+            f"{family}: {rows} and {columns} must divide the sides of the matrix, got {tuple(X.shape)}."
         )
 
 
