@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, TextIO, cast
@@ -19,6 +18,28 @@ from rich.text import Text
 import torchkiln
 from torchkiln import checkpoint
 from torchkiln._cli import _console, _reports
+from torchkiln._cli._options import (
+    Assume,
+    Dim,
+    DryRun,
+    Dtype,
+    Exclude,
+    File,
+    Force,
+    Format,
+    Include,
+    Json,
+    KeepGoing,
+    Out,
+    Rename,
+    ShardSize,
+    Spelling,
+    Verify,
+    dims_of,
+    dtype_of,
+    pairs_of,
+    size_of,
+)
 from torchkiln._core.errors import TorchkilnError, TorchkilnWarning
 
 __all__ = ["run"]
@@ -34,36 +55,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Spelling(str, Enum):
-    """The spellings that ``convert`` writes."""
-
-    torch = "torch"
-    legacy = "legacy"
-    plain = "plain"
-
-
-File = Annotated[
-    Path, typer.Argument(metavar="FILE", help="A safetensors file, or one that torch.save wrote.")
-]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The file to write.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-Assume = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PATTERN=MAP",
-        help="What the file cannot say of the tensors named so: the orthogonal map (matrix_exp, cayley or "
-        "householder), identity to take an original as it is, data to keep keys that only look parametrized.",
-    ),
-]
-Dim = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PATTERN=N", help="The dimension of the norm, none for all, where the shapes leave it open."
-    ),
-]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -141,11 +132,26 @@ def inspect(
 
 @app.command()
 def bake(
-    file: File, out: Out, force: Force = False, assume: Assume = None, dim: Dim = None, json: Json = False
+    file: File,
+    out: Out,
+    force: Force = False,
+    assume: Assume = None,
+    dim: Dim = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    rename: Rename = None,
+    dtype: Dtype = None,
+    format: Format = None,  # noqa: A002  # the option's name
+    max_shard_size: ShardSize = None,
+    keep_going: KeepGoing = False,
+    verify: Verify = True,
+    dry_run: DryRun = False,
+    json: Json = False,
 ) -> None:
     """Fold FILE's parametrized tensors to plain ones.
 
-    Everything else passes through bit for bit; FILE itself is never modified.
+    Everything else passes through bit for bit; FILE itself is never modified. OUT appears whole or not at all: after
+    an error, an interruption or a crash there is nothing to clean up or to resume, and the command can be run again.
 
     Exit status: 0 when OUT is written; 1, and no OUT, where there is nothing to fold or a tensor cannot be folded.
 
@@ -154,10 +160,27 @@ def bake(
       torchkiln bake generator.pth.tar -o generator.plain.pth.tar
       torchkiln bake net.pt -o plain.pt --assume '*.proj.weight=cayley'
       torchkiln bake net.pt -o plain.pt --dim '*.weight=0' --force
+      torchkiln bake net.pt -o net.safetensors --rename module.= --dtype bfloat16
+      torchkiln bake model.safetensors.index.json -o plain --max-shard-size 5GB --dry-run
     """
-    assumed, dims = _pairs(assume, "--assume", "PATTERN=MAP"), _dims(dim)
     with _console.progress("baking") as progress:
-        report = checkpoint.bake(file, out, force=force, assume=assumed, dims=dims, progress=progress)
+        report = checkpoint.bake(
+            file,
+            out,
+            force=force,
+            assume=pairs_of(assume, "--assume", "PATTERN=MAP"),
+            dims=dims_of(dim),
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            rename=pairs_of(rename, "--rename", "OLD=NEW"),
+            dtype=dtype_of(dtype),
+            container=format.value if format else None,
+            max_shard_size=size_of(max_shard_size),
+            keep_going=keep_going,
+            verify=verify,
+            dry_run=dry_run,
+            progress=progress,
+        )
     _finish_file(report, out, json=json)
 
 
@@ -165,7 +188,9 @@ def bake(
 def convert(
     file: File,
     out: Out,
-    to: Annotated[Spelling, typer.Option(help="The spelling to write.")],
+    to: Annotated[
+        Spelling | None, typer.Option(help="The spelling to write; the one there is if not given.")
+    ] = None,
     weight_norm: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Put a weight norm on the plain tensors named so."),
@@ -177,11 +202,17 @@ def convert(
     force: Force = False,
     assume: Assume = None,
     dim: Dim = None,
+    rename: Rename = None,
+    dtype: Dtype = None,
+    format: Format = None,  # noqa: A002  # the option's name
+    max_shard_size: ShardSize = None,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Rewrite FILE in another spelling, or put norms in.
+    """Rewrite FILE in another spelling or another format, or put norms in.
 
-    The spellings are torch's parametrizations, the legacy hooks (weight_g and weight_v), and plain tensors.
+    The spellings are torch's parametrizations, the legacy hooks (weight_g and weight_v), and plain tensors. The
+    formats are safetensors (one file or shards), files of torch.save, and distributed checkpoints.
 
     Exit status: 0 when OUT is written; 1, and no OUT, where there is nothing to convert or a tensor is refused.
 
@@ -189,18 +220,24 @@ def convert(
 
       torchkiln convert old.pt --to torch -o new.pt
       torchkiln convert net.pt --to torch -o new.pt --weight-norm 'ups.*.weight'
+      torchkiln convert model.safetensors -o shards --max-shard-size 5GB
+      torchkiln convert step-9000 -o model.safetensors --rename model.=
     """
-    assumed, dims = _pairs(assume, "--assume", "PATTERN=MAP"), _dims(dim)
     with _console.progress("converting") as progress:
         report = checkpoint.convert(
             file,
             out,
-            to=to.value,
+            to=to.value if to else None,
             force=force,
             weight_norm=tuple(weight_norm or ()),
             spectral_norm=tuple(spectral_norm or ()),
-            assume=assumed,
-            dims=dims,
+            assume=pairs_of(assume, "--assume", "PATTERN=MAP"),
+            dims=dims_of(dim),
+            rename=pairs_of(rename, "--rename", "OLD=NEW"),
+            dtype=dtype_of(dtype),
+            container=format.value if format else None,
+            max_shard_size=size_of(max_shard_size),
+            dry_run=dry_run,
             progress=progress,
         )
     _finish_file(report, out, json=json)
@@ -227,8 +264,8 @@ def verify(
       torchkiln verify generator.pth.tar
       torchkiln verify generator.pth.tar generator.plain.pth.tar
     """
-    assumed, dims = _pairs(assume, "--assume", "PATTERN=MAP"), _dims(dim)
-    with _console.progress("verifying") as progress:
+    assumed, dims = pairs_of(assume, "--assume", "PATTERN=MAP"), dims_of(dim)
+    with _console.progress("verifying", unit="tensors") as progress:
         report = checkpoint.verify(file, other, assume=assumed, dims=dims, progress=progress)
     if json:
         _console.print_json(report.to_dict())
@@ -293,29 +330,6 @@ def _beside(file: Path, word: str) -> Path:
     """Return ``file`` with ``word`` before its suffix, where ``.pth.tar`` is one suffix."""
     suffix = "".join(file.suffixes[-2:]) if file.suffix == ".tar" else file.suffix
     return file.with_name(f"{file.name.removesuffix(suffix)}.{word}{suffix}")
-
-
-def _dims(options: Sequence[str] | None) -> dict[str, int | None] | None:
-    """Parse ``--dim PATTERN=N``, where ``none`` stands for all dims at once."""
-    pairs = _pairs(options, "--dim", "PATTERN=N")
-    if pairs is None:
-        return None
-    try:
-        return {name: None if dim == "none" else int(dim) for name, dim in pairs.items()}
-    except ValueError:
-        raise typer.BadParameter("expected PATTERN=N, N a whole number or none", param_hint="--dim") from None
-
-
-def _pairs(options: Sequence[str] | None, option: str, form: str) -> dict[str, str] | None:
-    """Parse the words given to an option that may be repeated, ``PATTERN=VALUE`` each."""
-    pairs: dict[str, str] = {}
-    for word in options or ():
-        pattern, _, value = word.rpartition("=")
-        if not pattern or not value:
-            raise typer.BadParameter(f"expected {form}, got {word!r}", param_hint=option)
-        if pairs.setdefault(pattern, value) != value:
-            raise typer.BadParameter(f"{pattern!r} is given twice, with two values", param_hint=option)
-    return pairs or None
 
 
 def _refuse_usage(error: Exception) -> int:

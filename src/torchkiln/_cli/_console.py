@@ -6,11 +6,19 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 ProgressFunction = Callable[[int, int, str], None]
@@ -27,6 +35,11 @@ _ARGUMENTS = (
     (re.compile(r'^assume(?=: ")'), "--assume"),
     (re.compile(r'(^|: )dims(?=: "| says )'), r"\1--dim"),
     (re.compile(r"\bwith force\b"), "with --force"),
+    (re.compile(r"^(include|exclude|rename|dtype)(?=: )"), r"--\1"),
+    (re.compile(r"^max_shard_size(?=: )"), "--max-shard-size"),
+    (re.compile(r"^container(?=: )"), "--format"),
+    (re.compile(r"^(weight|spectral)_norm(?=: )"), r"--\1-norm"),
+    (re.compile(r'\bto="(\w+)"'), r"--to \1"),
 )
 
 
@@ -87,19 +100,24 @@ def print_json(report: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[ProgressFunction | None]:
-    """Show a bar on stderr while the body runs; yields None where stderr is no terminal that can redraw a line."""
+def progress(title: str, *, unit: Literal["bytes", "tensors"] = "bytes") -> Iterator[ProgressFunction | None]:
+    """Show a bar on stderr while the body runs; yields None where stderr is no terminal that can redraw a line.
+
+    Args:
+        title: What is going on.
+        unit: What is counted; of bytes the rate is shown too.
+    """
     screen = console(stderr=True)
     if not screen.is_terminal or screen.is_dumb_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    counts = (MofNCompleteColumn(),) if unit == "tensors" else (DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(compact=True))
     with Progress(*columns, console=screen, transient=True) as bars:
         task = bars.add_task(title, total=None)
 
         def advance(done: int, total: int, key: str) -> None:
-            bars.update(
-                task, completed=done, total=total, description=escape(f"{title} {printable(key)}"[:48])
-            )
+            name = f" {printable(key)}" if key else ""
+            bars.update(task, completed=done, total=total, description=escape(f"{title}{name}"[:48]))
 
         yield advance

@@ -10,20 +10,16 @@ import torch
 
 from torchkiln._core.errors import NothingToFoldError
 from torchkiln._core.spellings.options import Options
-from torchkiln.checkpoint._bytes import nbytes
 from torchkiln.checkpoint._cast import Casting
-from torchkiln.checkpoint._folding import Folding, dtype_name
-from torchkiln.checkpoint._io import Change, CheckpointFile, Group, Made
+from torchkiln.checkpoint._folding import Folding
+from torchkiln.checkpoint._io import Group
 from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import FileReport, Note
 from torchkiln.checkpoint._scan import Found, Scan, refuse_blocked, scan
 from torchkiln.checkpoint._select import Renaming, picked
-from torchkiln.checkpoint._write import Container, Plan, Progress, plan_copy
+from torchkiln.checkpoint._write import Container, Progress, plan_copy, plan_notes
 
-__all__ = ["bake", "container_notes"]
-
-# What a disk of today writes; only the estimate of a dry run needs it.
-_RATE = 1_000_000_000
+__all__ = ["bake"]
 
 
 def bake(
@@ -72,7 +68,7 @@ def bake(
             their index.
         keep_going: Leave tensors whose rule is not known as they are, with a warning each, instead of refusing.
         verify: Recompute every folded tensor in another way before it is written, and compare.
-        dry_run: Write nothing; report what would be written.
+        dry_run: Write nothing; report what would be written, from names and shapes alone.
         progress: Called with the bytes of tensors done, their total, and the name of the last one if it was computed.
 
     Returns:
@@ -108,16 +104,13 @@ def bake(
         changes = [folding.change(found) for found in chosen]
         casting = Casting(file, renaming, dtype)
         changes += casting.changes(_unfolded(scanned, left))
-        for group in file.groups:
-            renaming.check(group, [change for change in changes if change.group is group])
-        renaming.check_used(str(source))
+        renaming.check_all(file.groups, changes, str(source))
         plan = plan_copy(file, changes, Path(target), container=container, max_shard_size=max_shard_size)
         plan.check_target(force=force)
         size = plan.size if dry_run else plan.write(force=force, progress=progress)
         rows = tuple(folding.row(found) for found in chosen)
-        notes = [*scanned.notes, *container_notes(file, plan), *_left(left)]
-        notes += [*_casts(changes, dtype), *folding.warnings(chosen), *casting.warnings]
-        notes += [*(_planned(plan) if dry_run else ())]
+        notes = [*scanned.notes, *_left(left), *folding.warnings(chosen), *casting.notes(changes)]
+        notes += plan_notes(file, plan, dry_run=dry_run)
         kept = len(file.entries) - sum(len(found.keys) for found in chosen)
     return FileReport(str(source), str(target), rows, kept, tuple(notes), size)
 
@@ -143,32 +136,3 @@ def _left(left: Sequence[Found]) -> list[Note]:
         else Note("info", found.name, f"{found.name}: {found.item.spelling} is left as it is")
         for found in left
     ]
-
-
-def _casts(changes: Sequence[Change], dtype: torch.dtype | None) -> list[Note]:
-    if dtype is None:
-        return []
-    outputs = [output for change in changes for output in change.outputs.values()]
-    count = sum(isinstance(output, Made) and output.entry.dtype == dtype for output in outputs)
-    return [
-        Note("info", "", f"{count} tensors are cast to {dtype_name(dtype)}, or computed and rounded to it")
-    ]
-
-
-def _planned(plan: Plan) -> list[Note]:
-    """Return what a dry run says of the work."""
-    most = max((nbytes(piece.entry) for piece in plan.sink.pieces if isinstance(piece, Made)), default=0)
-    text = (
-        f"dry run: nothing was written. It would copy {plan.copied:,} bytes, compute {plan.computed:,} bytes, "
-        f"and take about {plan.size / _RATE:.0f} s at {_RATE / 1e9:g} GB/s and "
-        f"{4 * most / 1e6 + 300:,.0f} MB of memory at most"
-    )
-    return [Note("info", "", text)]
-
-
-def container_notes(file: CheckpointFile, plan: Plan) -> tuple[Note, ...]:
-    """Return what a change of container does not carry over."""
-    if file.metadata and plan.container != "safetensors":
-        kind = "torch file" if plan.container == "torch" else "distributed checkpoint"
-        return (Note("info", "", f"the safetensors metadata has no place in a {kind} and is left out"),)
-    return ()

@@ -56,6 +56,18 @@ class Casting:
                 elif name != key:
                     yield Change(group, (key,), {name: Kept(key)})
 
+    def notes(self, changes: Sequence[Change]) -> list[Note]:
+        """Return how many tensors change their dtype, and which of them do not fit it."""
+        if self.dtype is None:
+            return []
+        outputs = [output for change in changes for output in change.outputs.values()]
+        count = sum(isinstance(output, Made) and output.entry.dtype == self.dtype for output in outputs)
+        name = str(self.dtype).removeprefix("torch.")
+        return [
+            Note("info", "", f"tensors cast to {name}, or computed and rounded to it: {count}"),
+            *self.warnings,
+        ]
+
     def _cast(self, group: Group, key: str, dtype: torch.dtype) -> Made:
         shape = group.entries[key].shape
         return Made(

@@ -10,18 +10,20 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError, NothingToFoldError
 from torchkiln._core.spellings.options import Options, Patterns
 from torchkiln._core.spellings.spelled import Norm, Style, norm_keys
-from torchkiln.checkpoint._bake import bake, container_notes
+from torchkiln.checkpoint._bake import bake
+from torchkiln.checkpoint._copy import Layout, copied
 from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Kept, Label, Made
 from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import FileReport, Folded, Note
 from torchkiln.checkpoint._scan import Found, Scan, scan
 from torchkiln.checkpoint._split import split
-from torchkiln.checkpoint._write import Progress, plan_copy
+from torchkiln.checkpoint._write import Container, Progress, plan_notes
 
 __all__ = ["convert"]
 
@@ -30,30 +32,40 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    to: Literal["legacy", "plain", "torch"],
+    to: Literal["legacy", "plain", "torch"] | None = None,
     force: bool = False,
     weight_norm: Sequence[str] = (),
     spectral_norm: Sequence[str] = (),
     assume: Mapping[str, str] | None = None,
     dims: Mapping[str, int | None] | None = None,
+    rename: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    container: Container | None = None,
+    max_shard_size: int | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> FileReport:
-    """Write a copy of a checkpoint in another spelling.
+    """Write a copy of a checkpoint in another spelling, another container, or both.
 
     Between the torch and the legacy spelling keys are renamed and every number stays. A plain tensor goes under a
     norm where a pattern names it: under weight norm its value is kept, under spectral norm it is divided by its
     largest singular value from then on, as when a module is put under spectral norm.
 
     Args:
-        source: A safetensors file or a file written by ``torch.save``; it is never modified.
-        target: The new file. The suffix ``.safetensors`` asks for that container.
+        source: As for :func:`bake`; it is never modified.
+        target: The new file or directory. The suffix ``.safetensors`` asks for that container.
         to: ``"torch"`` (``parametrizations.t.original``), ``"legacy"`` (``t_g``, ``t_orig``), or ``"plain"``, which
-            is :func:`bake`.
+            is :func:`bake`; None to keep every spelling.
         force: Replace an existing target.
         weight_norm: Name patterns of plain tensors, of two or more dimensions, to put under weight norm.
         spectral_norm: The same for spectral norm.
         assume: As for :func:`bake`.
         dims: Name pattern to normalized dim, of plain tensors too; 0 where none is given.
+        rename: As for :func:`bake`; not together with a change of spelling.
+        dtype: As for :func:`bake`; not together with a change of spelling.
+        container: As for :func:`bake`.
+        max_shard_size: As for :func:`bake`.
+        dry_run: As for :func:`bake`.
         progress: As for :func:`bake`.
 
     Returns:
@@ -77,25 +89,53 @@ def convert(
         "weight_norm": Patterns(weight_norm),
         "spectral_norm": Patterns(spectral_norm),
     }
+    layout = Layout(container, max_shard_size, force=force, dry_run=dry_run, progress=progress)
+    if to in (None, "plain"):
+        _refuse_norms(to, norms)
+    if to is None:
+        Options(assume, dims).check_used(str(source))
+        return copied(source, Path(target), layout, rename=rename, dtype=dtype)
     if to == "plain":
-        if weight_norm or spectral_norm:
-            raise CheckpointError(
-                'to="plain" removes norms; weight_norm and spectral_norm put them in. Pass one.'
-            )
-        return bake(source, target, force=force, assume=assume, dims=dims, progress=progress)
+        return bake(
+            source,
+            target,
+            force=force,
+            assume=assume,
+            dims=dims,
+            rename=rename,
+            dtype=dtype,
+            container=container,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            progress=progress,
+        )
     if to not in ("legacy", "torch"):
         raise CheckpointError(f'to: expected "torch", "legacy" or "plain", got {to!r}.')
+    if rename or dtype:
+        raise CheckpointError(
+            f"{'rename' if rename else 'dtype'}: do that in a second step, without a spelling."
+        )
     with open_checkpoint(source) as file:
         options = Options(assume, dims)
         scanned = scan(file, options)
         jobs = [*_renamings(scanned, to), *_splittings(file, scanned, to, norms, options)]
         _check(jobs, source=str(source), to=to, norms=norms, options=options)
-        plan = plan_copy(file, [job.change() for job in jobs], Path(target))
-        plan.check_target(force=force)
-        size = plan.write(force=force, progress=progress)
-        notes = (*scanned.notes, *_kept(scanned, to), *container_notes(file, plan))
+        plan = layout.plan(file, [job.change() for job in jobs], Path(target))
+        size = layout.write(plan)
+        notes = (*scanned.notes, *_kept(scanned, to), *plan_notes(file, plan, dry_run=dry_run))
         kept = len(file.entries) - sum(len(job.keys) for job in jobs)
     return FileReport(str(source), str(target), tuple(job.row() for job in jobs), kept, notes, size)
+
+
+def _refuse_norms(to: str | None, norms: Mapping[Norm, Patterns]) -> None:
+    for norm, patterns in norms.items():
+        if patterns.unused and to is None:
+            raise CheckpointError(f'{norm}: needs to="torch" or to="legacy", the spelling to put it in.')
+        if patterns.unused:
+            raise CheckpointError(f'to="plain" removes norms; {norm} puts them in. Pass one.')
+
+
+# What is rewritten ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

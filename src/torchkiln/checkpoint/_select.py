@@ -69,25 +69,22 @@ class Renaming:
                 return new + name.removeprefix(old)
         return name
 
-    def check(self, group: Group, changes: Sequence[Change]) -> None:
-        """Raise if two tensors of a group would have one name, or none.
+    def check_all(self, groups: Sequence[Group], changes: Sequence[Change], where: str) -> None:
+        """Raise if two tensors would have one name, or none, or if a beginning is that of no name.
 
         Raises:
             CheckpointError: Names it.
         """
+        for group in groups:
+            self._check(group, [change for change in changes if change.group is group])
+        for old, _ in self._beginnings:
+            if old not in self._used:
+                raise CheckpointError(f'rename: no tensor of {where} begins with "{old}".')
+
+    def _check(self, group: Group, changes: Sequence[Change]) -> None:
         gone = {key for change in changes for key in change.keys}
         names = Counter(key for key in group.entries if key not in gone)
         names.update(name for change in changes for name in change.outputs)
         if names and (names[""] or max(names.values()) > 1):
             name = "" if names[""] else max(names, key=lambda name: names[name])
             raise CheckpointError(f"rename: {names[name]} tensors would have the name {name!r}.")
-
-    def check_used(self, where: str) -> None:
-        """Raise if a beginning is that of no name.
-
-        Raises:
-            CheckpointError: Names it.
-        """
-        for old, _ in self._beginnings:
-            if old not in self._used:
-                raise CheckpointError(f'rename: no tensor of {where} begins with "{old}".')

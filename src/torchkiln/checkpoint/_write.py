@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -10,12 +11,13 @@ from typing import Literal, Protocol, get_args
 from torchkiln._core.errors import CheckpointError
 from torchkiln.checkpoint._atomic import check_target, replacing
 from torchkiln.checkpoint._bytes import Extent, nbytes
-from torchkiln.checkpoint._io import Change, CheckpointFile, Content, Piece
+from torchkiln.checkpoint._io import Change, CheckpointFile, Content, Made, Piece
+from torchkiln.checkpoint._report import Note
 from torchkiln.checkpoint._safetensors_sink import SafetensorsSink, flat
 from torchkiln.checkpoint._stream import Advance
 from torchkiln.checkpoint._torch_sink import TorchSink
 
-__all__ = ["Container", "Plan", "Progress", "chosen_container", "plan_copy"]
+__all__ = ["Container", "Plan", "Progress", "chosen_container", "plan_copy", "plan_notes"]
 
 Container = Literal["dcp", "safetensors", "torch"]
 """The kinds of checkpoint that are written."""
@@ -25,6 +27,9 @@ Progress = Callable[[int, int, str], None]
 
 _TORCH_SUFFIXES = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
 _SHARD_SIZE = 5_000_000_000
+# What a disk of today writes, and what Python and torch take: the estimate of a dry run needs them, and nothing else.
+_RATE = 1_000_000_000
+_BASE_MEGABYTES = 300
 
 
 class Sink(Protocol):
@@ -74,9 +79,19 @@ class Plan:
         return sum(nbytes(piece.entry) for piece in self.sink.pieces if not isinstance(piece, Extent))
 
     def check_target(self, *, force: bool) -> None:
-        """Raise if the target may not be written."""
+        """Raise if the target may not be written, or is larger than what is free on its disk.
+
+        Raises:
+            CheckpointError: Says why not.
+            OutputExistsError: The target exists and `force` is false.
+        """
         sources = [one.path for one in self.file.inputs]
         check_target(self.target, sources=sources, force=force, directory=self.directory)
+        free = shutil.disk_usage(self.target.parent).free
+        if free < self.size:
+            raise CheckpointError(
+                f"{self.target}: needs {self.size:,} bytes, and {free:,} are free on its disk."
+            )
 
     def write(self, *, force: bool, progress: Progress | None = None) -> int:
         """Write, whole or not at all, and return the size in bytes.
@@ -103,6 +118,31 @@ class Plan:
             self.file.check_unchanged()
             written = temporary.iterdir() if self.directory else [temporary]
             return sum(path.stat().st_size for path in written)
+
+
+def plan_notes(file: CheckpointFile, plan: Plan, *, dry_run: bool) -> Iterator[Note]:
+    """Yield what there is to know of a plan: what its container has no place for, and what it would do.
+
+    Args:
+        file: What is read.
+        plan: What is written.
+        dry_run: Whether it is not carried out.
+    """
+    if file.metadata and plan.container != "safetensors":
+        kind = "torch file" if plan.container == "torch" else "distributed checkpoint"
+        yield Note("info", "", f"the safetensors metadata has no place in a {kind} and is left out")
+    if dry_run:
+        whole = [
+            piece.entry for piece in plan.sink.pieces if isinstance(piece, Made) and piece.blocks is None
+        ]
+        memory = 4 * max(map(nbytes, whole), default=0) / 1e6 + _BASE_MEGABYTES
+        yield Note(
+            "info",
+            "",
+            f"dry run: nothing was written. {plan.size:,} bytes of {plan.container} would be: {plan.copied:,} copied, "
+            f"{plan.computed:,} computed, in about {max(1, round(plan.size / _RATE))} s at {_RATE / 1e9:g} GB/s "
+            f"and at most {memory:,.0f} MB of memory",
+        )
 
 
 def chosen_container(
@@ -146,7 +186,6 @@ def plan_copy(
     *,
     container: Container | None = None,
     max_shard_size: int | None = None,
-    renamed: Callable[[Content], None] | None = None,
 ) -> Plan:
     """Plan a copy of a file with changes; nothing but its header is read.
 
@@ -156,15 +195,12 @@ def plan_copy(
         target: The new file or directory.
         container: As for :func:`chosen_container`.
         max_shard_size: As for :func:`chosen_container`.
-        renamed: Called with the content before its files are planned.
 
     Raises:
         CheckpointError: The content does not fit the container.
     """
     kind, shard_size = chosen_container(target, file, container=container, max_shard_size=max_shard_size)
     content = file.changed(changes)
-    if renamed is not None:
-        renamed(content)
     return Plan(
         file,
         _sink(file, content, target, kind, shard_size),
