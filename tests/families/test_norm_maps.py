@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from torchkiln.families._maps import norms, spectral_norm
+from torchkiln.families._maps.spectral_norm import Iterate
 
 
 def free(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -59,7 +60,7 @@ def test_power_iteration_finds_the_largest_singular_value(shape, dim, dtype):
     M = spectral_norm.as_matrix(W, dim)
     u, v = (torch.nn.functional.normalize(free((n,), dtype), dim=0) for n in M.shape)
     u, v, _ = spectral_norm.power_iteration(M, u, v, steps=500, eps=1e-12)
-    normalized = spectral_norm.as_matrix(spectral_norm.spectral_normalize(W, (u, v), dim), dim)
+    normalized = spectral_norm.as_matrix(spectral_norm.spectral_normalize(W, Iterate(u, v), dim), dim)
     torch.testing.assert_close(
         torch.linalg.matrix_norm(normalized, 2), torch.tensor(1.0, dtype=torch.float64)
     )
@@ -67,14 +68,16 @@ def test_power_iteration_finds_the_largest_singular_value(shape, dim, dtype):
 
 def test_spectral_normalize_differentiates_with_constant_vectors():
     u, v = (torch.nn.functional.normalize(free((n,)), dim=0) for n in (4, 3))
-    assert gradcheck(lambda W: spectral_norm.spectral_normalize(W, (u, v), 0), free((4, 3)).requires_grad_())
+    assert gradcheck(
+        lambda W: spectral_norm.spectral_normalize(W, Iterate(u, v), 0), free((4, 3)).requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_spectral_normalize_rounds_once(dtype):
     W, u, v = free((4, 3)).to(dtype), free((4,)).to(dtype), free((3,)).to(dtype)
-    wide = spectral_norm.spectral_normalize(W.float(), (u.float(), v.float()), 0)
-    assert torch.equal(spectral_norm.spectral_normalize(W, (u, v), 0), wide.to(dtype))
+    wide = spectral_norm.spectral_normalize(W.float(), Iterate(u.float(), v.float()), 0)
+    assert torch.equal(spectral_norm.spectral_normalize(W, Iterate(u, v), 0), wide.to(dtype))
 
 
 def test_as_matrix_keeps_the_order_of_the_other_dimensions():

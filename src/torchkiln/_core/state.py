@@ -30,7 +30,7 @@ class _Progress(NamedTuple):
     change: tuple[Any, ...] | None  # the originals that the state was last advanced for; None: to be advanced
     state: State  # the state in use, in tensors that nothing writes to
     ahead: bool  # whether the buffers do not have it yet
-    buffers: tuple[tuple[int, int], ...]  # the buffers it belongs to: after a load it is void
+    buffers: list[tuple[int, int]]  # the buffers it belongs to: after a load it is void
 
 
 class AdvancingStep(nn.Module):
@@ -114,8 +114,8 @@ class AdvancingStep(nn.Module):
             return tuple(buffer.clone() for buffer in buffers)
 
 
-def _marks(buffers: State) -> tuple[tuple[int, int], ...]:
-    return tuple((id(buffer), 0 if buffer.is_inference() else buffer._version) for buffer in buffers)
+def _marks(buffers: State) -> list[tuple[int, int]]:
+    return [(id(buffer), 0 if buffer.is_inference() else buffer._version) for buffer in buffers]
 
 
 def advances_state(step: nn.Module) -> bool:

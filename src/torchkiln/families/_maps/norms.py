@@ -55,7 +55,7 @@ def weight_normalize(V: Tensor, g: Tensor, dim: int) -> Tensor:
         tensor([[6., 8.],
                 [0., 0.]])
     """
-    if not has_kernel(V) or dim not in (0, V.ndim - 1):
+    if (dim != 0 and dim != V.ndim - 1) or not has_kernel(V):
         return _weight_formula(V, g, dim)
     W, norm = torch._weight_norm_interface(V, g, dim)
     if V.is_cpu and norm.min().item() == 0:

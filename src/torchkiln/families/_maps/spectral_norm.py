@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torchkiln._core.sharded import beside, is_sharded, whole
-from torchkiln._core.tracing import is_recorded
 from torchkiln.families._maps.norms import has_kernel
 from torchkiln.families._maps.precision import full_precision, widen
 
@@ -125,7 +124,7 @@ def can_look(x: Tensor) -> bool:
 
 def spectral_normalize(
     W: Tensor,
-    at: Iterate | tuple[Tensor, Tensor],
+    at: Iterate,
     dim: int,
     *,
     coefficient: float = 1.0,
@@ -143,18 +142,22 @@ def spectral_normalize(
         coefficient: the norm :math:`c` of the result.
         cap: divide only where the norm is above ``coefficient``.
     """
-    u, v, *rest = at
-    image = rest[0] if rest else None
+    u, v, image = at
     if W.dtype in _NARROW or torch._C._is_any_autocast_enabled():
         with full_precision(W):
             wide = widen(W)
-            at = u.to(wide.dtype), v.to(wide.dtype)
+            at = Iterate(u.to(wide.dtype), v.to(wide.dtype))
             return spectral_normalize(wide, at, dim, coefficient=coefficient, cap=cap).to(W.dtype)
-    if is_recorded() or W.numel() < LARGE or W.is_complex() or not has_kernel(W):
-        return W / beside(divisor(_sigma(as_matrix(W, dim), u, v), coefficient, cap=cap), W)
-    return _divide_large(
-        _Division(W, u, v, dim, coefficient, cap, W._version if W.requires_grad else 0), image
-    )
+    if not has_kernel(W) or W.is_complex():
+        return W / beside(divisor(_sigma(W, u, v, dim=dim), coefficient, cap=cap), W)
+    if W.numel() >= LARGE:
+        return _divide_large(
+            _Division(W, u, v, dim, coefficient, cap, W._version if W.requires_grad else 0), image
+        )
+    sigma = torch.dot(u, torch.mv(as_matrix(W, dim), v))
+    if coefficient == 1 and not cap and W.is_cpu and sigma.item():
+        return W / sigma  # nearly every read
+    return W / divisor(sigma, coefficient, cap=cap)
 
 
 def divisor(norm: Tensor, coefficient: float, *, cap: bool) -> Tensor:
@@ -172,10 +175,10 @@ def divisor(norm: Tensor, coefficient: float, *, cap: bool) -> Tensor:
     return torch.where(D == 0, 1, D)
 
 
-def _sigma(M: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def _sigma(W: Tensor, u: Tensor, v: Tensor, *, dim: int) -> Tensor:
     # The ONNX exporter by TorchScript knows dot, but not vdot.
-    dot = torch.vdot if M.is_complex() else torch.dot
-    return dot(whole(u), _product(M, v))
+    dot = torch.vdot if W.is_complex() else torch.dot
+    return dot(whole(u), _product(as_matrix(W, dim), v))
 
 
 class _Division(NamedTuple):
