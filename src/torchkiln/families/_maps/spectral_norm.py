@@ -79,14 +79,15 @@ def power_iteration(
 def _iterate(M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float, tolerance: float | None) -> Iterate:
     adjoint = M.mH if M.is_complex() else M.t()
     product = _product if is_sharded(M) else torch.mv
+    normalize = _unit_at_hand if can_look(M) else unit
     image = None
     for _ in range(steps if tolerance is None else _MOST_STEPS):
         forth = product(M, v)
         if tolerance is not None and _is_aligned(forth, u, tolerance):
             break
-        u = unit(forth, eps, u)
+        u = normalize(forth, eps, u)
         image = product(adjoint, u)
-        v = unit(image, eps, v)
+        v = normalize(image, eps, v)
     return Iterate(u, v, image)
 
 
@@ -108,10 +109,15 @@ def unit(x: Tensor, eps: float, fallback: Tensor) -> Tensor:
         tensor([0., 1.])
     """
     norm = torch.linalg.vector_norm(x)
-    if can_look(norm):
-        length = norm.item()
-        return x / max(length, eps) if length else fallback
     return torch.where(norm == 0, fallback, x / norm.clamp_min(eps))
+
+
+def _unit_at_hand(x: Tensor, eps: float, fallback: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x)
+    length = norm.item()
+    if length >= eps:
+        return x / norm
+    return fallback if length == 0 else x / norm.clamp_min(eps)
 
 
 def can_look(x: Tensor) -> bool:
