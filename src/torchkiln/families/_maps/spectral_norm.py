@@ -113,7 +113,7 @@ def unit(x: Tensor, eps: float, fallback: Tensor) -> Tensor:
 
 
 def _unit_at_hand(x: Tensor, eps: float, fallback: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x)
+    norm: Tensor = torch.linalg.vector_norm(x)
     length = norm.item()
     if length >= eps:
         return x / norm
