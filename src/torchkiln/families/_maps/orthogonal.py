@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchkiln.families._maps.householder import HOUSEHOLDER
 from torchkiln.families._maps.precision import widen
 
 __all__ = [
@@ -57,11 +58,7 @@ def householder(X: Tensor) -> Tensor:
     and column i of ``X`` below. Only the sign of the diagonal counts, zero as negative: whatever weight decay does to
     it, the columns stay orthonormal, and ``X = 0`` gives the first unit vectors.
     """
-    V = X.tril(-1)
-    tau = 2 / (1 + (V * V).sum(-2))
-    signs = torch.where(X.diagonal(dim1=-2, dim2=-1) > 0, 1.0, -1.0).to(X.dtype)
-    Q: Tensor = torch.linalg.householder_product(V, tau)
-    return Q * signs.unsqueeze(-2)
+    return HOUSEHOLDER(X)
 
 
 def householder_inverse(Q: Tensor) -> Tensor:

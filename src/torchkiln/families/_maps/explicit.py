@@ -1,0 +1,148 @@
+"""Maps of a matrix whose derivative is written by hand: less work and less memory than differentiating each operation.
+
+A map is given three times, by pure functions: its *value* with what the derivative needs of it, its *pullback* (the
+product of a cotangent and the derivative), and a *plain* form, made of operations that torch differentiates.
+
+=========================  =====================================================================
+eager, reverse mode        value and pullback, as a ``torch.autograd.Function``
+second derivatives         the plain form, differentiated twice
+forward mode, torch.func   the plain form
+``torch.compile``          value and pullback, as operators that the compiler does not look into
+export, tracing, subclass  the plain form, so that what is recorded has torch's operators alone
+=========================  =====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
+
+__all__ = ["ExplicitMap"]
+
+Kept = Sequence[Tensor]
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+# Any: mypy would take from its type that it is never true.
+_is_subclass: Any = _python_dispatch.is_traceable_wrapper_subclass
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+class ExplicitMap:
+    """A differentiable function of matrices (..., n, k), with a hand-written derivative.
+
+    Args:
+        name: Names the operators under ``torch.compile``.
+        value: Returns the value and a tuple of tensors to keep for ``pullback``. An empty one among them stands for
+            the value itself, which then is not held twice; one without dimensions is about the batch as a whole.
+        pullback: Returns the gradient by X, from X, what was kept, and the gradient by the value.
+        plain: Returns the value alone, by differentiable operations.
+        kept_like: Returns tensors of the shapes of what ``value`` keeps, the value in the place of an empty one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        value: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]],
+        pullback: Callable[[Tensor, Kept, Tensor], Tensor],
+        plain: Callable[[Tensor], Tensor],
+        kept_like: Callable[[Tensor], tuple[Tensor, ...]] = lambda _X: (),
+    ) -> None:
+        self.value = value
+        self.pullback = pullback
+        self.plain = plain
+        self._operator = _operators(name, self, kept_like)
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """Return the value of the map at ``X``."""
+        if X.numel() == 0:
+            return self.plain(X)
+        if torch.compiler.is_compiling():
+            result: Tensor = self.plain(X) if torch.compiler.is_exporting() else self._operator(X)[0]
+            return result
+        if (
+            X.is_meta
+            or _transforms_active()
+            or forward_ad._current_level >= 0
+            or _dispatch_modes()
+            or _tracing_state() is not None
+            or _is_subclass(X)
+        ):
+            return self.plain(X)
+        if not (X.requires_grad and torch.is_grad_enabled()):
+            return self.value(X)[0]
+        return _Explicit.apply(X, self)  # type: ignore[no-untyped-call, no-any-return]  # torch's
+
+
+class _Explicit(torch.autograd.Function):
+    # In the older form, with the context in forward: the newer one binds the signature anew at each call, which takes
+    # as long as the maps of small matrices do. torch.func, which asks for the newer one, gets the plain form.
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor, map: ExplicitMap) -> Tensor:  # noqa: A002  # what it is
+        Y, kept = map.value(X)
+        ctx.map = map
+        ctx.save_for_backward(X, *(Y if tensor.numel() == 0 else tensor for tensor in kept))
+        return Y
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None]:
+        X, *kept = ctx.saved_tensors
+        # Whoever differentiates this again, or by a batch of cotangents, needs operations that torch knows.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_batched(G):
+            gradient: Tensor = torch.func.vjp(ctx.map.plain, X)[1](G)[0]
+            return gradient, None
+        return ctx.map.pullback(X, kept, G), None
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------
+
+
+def _operators(
+    name: str,
+    map: ExplicitMap,  # noqa: A002  # what it is
+    kept_like: Callable[[Tensor], tuple[Tensor, ...]],
+) -> Any:
+    """Define the operators ``torchkiln::NAME`` and ``torchkiln::NAME_backward``, and return the first."""
+
+    def value(X: Tensor) -> list[Tensor]:
+        Y, kept = map.value(X)
+        # An operator may not return one tensor twice, and has to lay it out as it says below.
+        return [
+            Y.contiguous(),
+            *(Y.clone() if tensor.numel() == 0 else tensor.contiguous() for tensor in kept),
+        ]
+
+    def pullback(X: Tensor, kept: list[Tensor], G: Tensor) -> Tensor:
+        return map.pullback(X, kept, G).contiguous()
+
+    define: Any = torch.library.custom_op
+    forward = define(f"torchkiln::{name}", value, mutates_args=(), schema="(Tensor X) -> Tensor[]")
+    backward = define(
+        f"torchkiln::{name}_backward",
+        pullback,
+        mutates_args=(),
+        schema="(Tensor X, Tensor[] kept, Tensor G) -> Tensor",
+    )
+    forward.register_fake(
+        lambda X: [torch.empty_like(X, memory_format=torch.contiguous_format), *kept_like(X)]
+    )
+    backward.register_fake(lambda X, _kept, _G: torch.empty_like(X, memory_format=torch.contiguous_format))
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: list[Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    def gradient(ctx: Any, grads: list[Tensor]) -> Tensor:
+        X, *kept = ctx.saved_tensors
+        result: Tensor = backward(X, kept, grads[0])
+        return result
+
+    forward.register_autograd(gradient, setup_context=setup_context)
+    return forward
