@@ -182,6 +182,7 @@ PUBLIC: dict[str, list[str]] = {
         "uninstall",
     ],
     "torchkiln.checkpoint": [
+        "Adapter",
         "Checked",
         "FileReport",
         "Folded",

@@ -19,6 +19,8 @@ import torchkiln
 from torchkiln import checkpoint
 from torchkiln._cli import _console, _reports
 from torchkiln._cli._options import (
+    AdapterFolder,
+    AdapterWeight,
     Assume,
     Dim,
     DryRun,
@@ -39,6 +41,7 @@ from torchkiln._cli._options import (
     dtype_of,
     pairs_of,
     size_of,
+    weighted,
 )
 from torchkiln._core.errors import TorchkilnError, TorchkilnWarning
 
@@ -63,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with _warnings_on_stderr():
             words = list(arguments) or ["--help"]
-            status = int(app(args=words, prog_name="torchkiln", standalone_mode=False) or 0)
+            status = int(app(args=words, prog_name="torchkiln", standalone_mode=False, obj=words) or 0)
     except _ClickException as error:
         status = _refuse_usage(error)
     except (TorchkilnError, OSError) as error:
@@ -132,8 +135,11 @@ def inspect(
 
 @app.command()
 def bake(
+    context: typer.Context,
     file: File,
     out: Out,
+    adapter: AdapterFolder = None,
+    weight: AdapterWeight = None,
     force: Force = False,
     assume: Assume = None,
     dim: Dim = None,
@@ -148,7 +154,7 @@ def bake(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Fold FILE's parametrized tensors to plain ones.
+    """Fold FILE's parametrized tensors to plain ones, and merge adapters into it.
 
     Everything else passes through bit for bit; FILE itself is never modified. OUT appears whole or not at all: after
     an error, an interruption or a crash there is nothing to clean up or to resume, and the command can be run again.
@@ -162,11 +168,13 @@ def bake(
       torchkiln bake net.pt -o plain.pt --dim '*.weight=0' --force
       torchkiln bake net.pt -o net.safetensors --rename module.= --dtype bfloat16
       torchkiln bake model.safetensors.index.json -o plain --max-shard-size 5GB --dry-run
+      torchkiln bake model.safetensors -o merged.safetensors --adapter lora --adapter style --weight 0.5
     """
     with _console.progress("baking") as progress:
         report = checkpoint.bake(
             file,
             out,
+            adapters=weighted(context.obj) if adapter or weight else (),
             force=force,
             assume=pairs_of(assume, "--assume", "PATTERN=MAP"),
             dims=dims_of(dim),

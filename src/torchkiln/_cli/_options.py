@@ -11,7 +11,11 @@ from typing import Annotated
 import torch
 import typer
 
+from torchkiln.checkpoint import Adapter
+
 __all__ = [
+    "AdapterFolder",
+    "AdapterWeight",
     "Assume",
     "Dim",
     "DryRun",
@@ -32,6 +36,7 @@ __all__ = [
     "dtype_of",
     "pairs_of",
     "size_of",
+    "weighted",
 ]
 
 
@@ -146,6 +151,18 @@ DryRun = Annotated[
         "--dry-run", help="Write nothing; print what would be, with sizes and an estimate of the time."
     ),
 ]
+AdapterFolder = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--adapter", metavar="DIR", help="The folder of a PEFT adapter to merge into FILE. May be repeated."
+    ),
+]
+AdapterWeight = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--weight", metavar="W", help="How much to add of the adapter named before it: 1 if not given."
+    ),
+]
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?) *(?P<unit>[kMGT]i?)?B?", re.IGNORECASE)
 
@@ -196,3 +213,23 @@ def pairs_of(options: Sequence[str] | None, option: str, form: str) -> dict[str,
         if pairs.setdefault(pattern, value) != value:
             raise typer.BadParameter(f"{pattern!r} is given twice, with two values", param_hint=option)
     return pairs or None
+
+
+def weighted(words: Sequence[str]) -> list[Adapter]:
+    """Return the adapters of a command, each with the weight that stands after it: the parser drops the order.
+
+    Example:
+        >>> weighted(["bake", "base", "--adapter", "a", "--adapter=b", "--weight", "0.5"])
+        [Adapter(path='a', weight=1.0), Adapter(path='b', weight=0.5)]
+    """
+    adapters: list[Adapter] = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, sign, value = word.partition("=")
+        value = value if sign else following
+        if option == "--adapter":
+            adapters.append(Adapter(value))
+        elif option == "--weight":
+            if not adapters:
+                raise typer.BadParameter("stands before any --adapter", param_hint=option)
+            adapters[-1] = Adapter(adapters[-1].path, float(value))
+    return adapters

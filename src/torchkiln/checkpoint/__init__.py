@@ -1,5 +1,6 @@
 """Checkpoint files without the model's code: inspect, bake, convert, verify."""
 
+from torchkiln.checkpoint._adapters.folder import Adapter
 from torchkiln.checkpoint._bake import bake
 from torchkiln.checkpoint._convert import convert
 from torchkiln.checkpoint._inspect import inspect
@@ -15,6 +16,7 @@ from torchkiln.checkpoint._report import (
 from torchkiln.checkpoint._verify import verify
 
 __all__ = [
+    "Adapter",
     "Checked",
     "FileReport",
     "Folded",

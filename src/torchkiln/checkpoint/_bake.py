@@ -10,6 +10,9 @@ import torch
 
 from torchkiln._core.errors import NothingToFoldError
 from torchkiln._core.spellings.options import Options
+from torchkiln.checkpoint._adapters.folder import Adapter, open_adapters
+from torchkiln.checkpoint._adapters.merging import Base, plan_merging
+from torchkiln.checkpoint._adapters.writing import Writing
 from torchkiln.checkpoint._cast import Casting
 from torchkiln.checkpoint._folding import Folding
 from torchkiln.checkpoint._io import Group
@@ -26,6 +29,7 @@ def bake(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
+    adapters: Sequence[Adapter | str | os.PathLike[str]] = (),
     force: bool = False,
     assume: Mapping[str, str] | None = None,
     dims: Mapping[str, int | None] | None = None,
@@ -49,10 +53,15 @@ def bake(
     A step without tensors at the end of a chain (a ReLU after a spectral norm) shows only in files that keep the
     module records of ``state_dict()``, as those of ``torch.save`` do and safetensors do not.
 
+    Adapters of PEFT are merged without the model's code too, of the types that PEFT itself can merge; each is added
+    with its weight, in float32 or wider and rounded once. Whether every tensor of theirs fits one of the base is
+    checked before anything is written.
+
     Args:
         source: A safetensors file, the index of its shards, a file written by ``torch.save``, or the directory of a
             ``torch.distributed.checkpoint``; it is never modified.
         target: The new file or directory. The suffix ``.safetensors`` asks for that container.
+        adapters: Folders of adapters to merge into the file, with weights where they are an :class:`Adapter`.
         force: Replace an existing file; a directory is never replaced.
         assume: Name pattern to what the file cannot say: ``"matrix_exp"``, ``"cayley"`` or ``"householder"`` for
             torch's orthogonal, ``"identity"`` to take an original as it is, ``"data"`` to keep keys that only look
@@ -76,7 +85,7 @@ def bake(
 
     Raises:
         CheckpointError: The file cannot be read or written, or a tensor's rule is not known.
-        NothingToFoldError: Every tensor is plain already; nothing is written.
+        NothingToFoldError: Every tensor is plain already, and no adapter is given; nothing is written.
         OutputExistsError: The target exists and `force` is false.
 
     Example:
@@ -90,7 +99,7 @@ def bake(
         {'weight': tensor([[6., 8.]])}
     """
     options, renaming = Options(assume, dims), Renaming(rename)
-    with open_checkpoint(source) as file:
+    with open_checkpoint(source) as file, open_adapters(adapters) as opened:
         scanned = scan(file, options)
         chosen, left = picked(scanned.found, include, exclude, where=str(source))
         if keep_going:
@@ -98,20 +107,24 @@ def bake(
             chosen = [found for found in chosen if not found.blocked]
         refuse_blocked(chosen, str(source))
         options.check_used(str(source))
-        if not chosen:
+        if not chosen and not opened:
             raise NothingToFoldError(_nothing(source, left))
-        folding = Folding(renaming, dtype, verify=verify)
+        merging = plan_merging(opened, file, _base(scanned, chosen))
+        folding = Folding(renaming, dtype, merging, verify=verify)
         changes = [folding.change(found) for found in chosen]
+        plain = _unfolded(scanned, left)
+        writing = Writing(file, renaming, dtype, merging, verify=verify)
+        changes += writing.changes(plain)
         casting = Casting(file, renaming, dtype)
-        changes += casting.changes(_unfolded(scanned, left))
+        changes += casting.changes(plain)
         renaming.check_all(file.groups, changes, str(source))
         plan = plan_copy(file, changes, Path(target), container=container, max_shard_size=max_shard_size)
-        plan.check_target(force=force)
+        plan.check_target(force=force, also=[one.path for adapter in opened for one in adapter.file.inputs])
         size = plan.size if dry_run else plan.write(force=force, progress=progress)
-        rows = tuple(folding.row(found) for found in chosen)
-        notes = [*scanned.notes, *_left(left), *folding.warnings(chosen), *casting.notes(changes)]
-        notes += plan_notes(file, plan, dry_run=dry_run)
-        kept = len(file.entries) - sum(len(found.keys) for found in chosen)
+        rows = (*(folding.row(found) for found in chosen), *writing.rows)
+        notes = [*scanned.notes, *merging.notes, *_left(left), *folding.warnings(chosen), *writing.warnings]
+        notes += [*casting.notes(changes), *plan_notes(file, plan, dry_run=dry_run)]
+        kept = len(file.entries) - sum(len(found.keys) for found in chosen) - len(writing.rows)
     return FileReport(str(source), str(target), rows, kept, tuple(notes), size)
 
 
@@ -119,6 +132,14 @@ def _nothing(source: object, left: Sequence[Found]) -> str:
     if left:
         return f"{source}: none of its {len(left)} parametrized tensors is to be folded; nothing was written."
     return f"{source}: every tensor is plain already; nothing was written."
+
+
+def _base(scanned: Scan, chosen: Sequence[Found]) -> Base:
+    """Return what adapters can change: tensors that are plain, and those that are being folded."""
+    base = {group: {key: group.entries[key] for key in keys} for group, keys in scanned.plain.items()}
+    for found in chosen:
+        base[found.group][found.item.name] = found.item.entry
+    return base
 
 
 def _unfolded(scanned: Scan, left: Sequence[Found]) -> dict[Group, list[str]]:

@@ -17,7 +17,7 @@ from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.evaluate import Evaluation
 from torchkiln.checkpoint._scan import Found
 
-__all__ = ["beyond", "check", "check_block", "errors", "overflows", "tolerance"]
+__all__ = ["beyond", "check", "check_block", "check_merged", "errors", "overflows", "tolerance"]
 
 # Rounding of a sum of products in the dtype it is computed in, relative to the tensor's largest magnitude.
 _ROUNDINGS = 256
@@ -80,6 +80,33 @@ def _compare(found: Found, value: Tensor, expected: Tensor) -> None:
     if reason:
         raise CheckpointError(
             f"{found.name}: {found.item.spelling} was computed twice, with different results: {reason}.\n"
+            "Nothing was written. Check this machine's memory, and report it if it happens again."
+        )
+
+
+@torch.no_grad()
+def check_merged(name: str, value: Tensor, exact: Expected, *, stored: torch.dtype) -> None:
+    """Raise unless a tensor with adapters merged into it is finite, and agrees with a recomputation in float64.
+
+    Args:
+        name: The tensor, for messages.
+        value: It, as it is to be written.
+        exact: Returns rows of it, computed anew.
+        stored: The dtype it has in the base.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    relative = _relative(value if value.ndim else value[None], exact)
+    if not math.isfinite(relative):
+        raise CheckpointError(
+            f"{name}: the adapters make values that are not finite. Is one of their tensors damaged?\n"
+            "Nothing was written."
+        )
+    reason = beyond(relative, _least_precise(stored, value.dtype), folded=True)
+    if reason:
+        raise CheckpointError(
+            f"{name}: was merged twice, with different results: {reason}.\n"
             "Nothing was written. Check this machine's memory, and report it if it happens again."
         )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._core.spellings.evaluate import Evaluation
+from torchkiln.checkpoint._adapters.merging import Merging, Step
 from torchkiln.checkpoint._check import check, check_block, overflows
 from torchkiln.checkpoint._io import Change, Entry, Made
 from torchkiln.checkpoint._report import Folded, Note
@@ -41,27 +42,33 @@ class Folding:
     Attributes:
         rename: The new names.
         dtype: What every float becomes; None leaves each its own.
+        merging: What adapters change in the tensors once they are folded.
         verify: Whether to compute each in another way too, and compare.
     """
 
     rename: Renaming
     dtype: torch.dtype | None
+    merging: Merging
     verify: bool
     _said: dict[Hashable, Evaluation] = field(default_factory=dict)
 
     def change(self, found: Found) -> Change:
         """Return what is to take the place of a parametrized tensor's keys."""
-        item, by_rows = found.item, folding(found)
+        item, steps = found.item, self._steps(found)
+        by_rows = None if steps else folding(found)
         # Tensors tied before are tied after: the same memory in, the same memory out.
         made = Made(
             Entry(item.entry.shape, self._dtype(found)),
             lambda: self._whole(found),
             like=found.keys,
-            memory=found.evaluate.identity(item),
+            memory=(found.evaluate.identity(item), tuple(steps)),
             name=found.name,
             blocks=None if by_rows is None else lambda: self._by_rows(found, by_rows),
         )
         return Change(found.group, found.keys, {self.rename(item.name): made}, before=found.labels)
+
+    def _steps(self, found: Found) -> list[Step]:
+        return self.merging.of(found.group, found.item.name)
 
     def _dtype(self, found: Found) -> torch.dtype:
         own = found.item.entry.dtype
@@ -73,6 +80,10 @@ class Folding:
         if self.verify:
             check(found, value, result)
         found.forget()
+        if steps := self._steps(found):
+            value = self.merging.merged(
+                found.name, result.tensor, steps, dtype=value.dtype, verify=self.verify
+            )
         if overflows(value, result.tensor):
             result.warnings.append(_too_large(found, value.dtype))
         self._remember(found, result)
@@ -106,12 +117,13 @@ class Folding:
         item, dtype = found.item, self._dtype(found)
         said = self._said.get(found.evaluate.identity(item))
         computed = said.tensor.dtype if said else dtype
+        steps = self._steps(found)
         return Folded(
             name=found.name,
-            spelling=item.spelling,
+            spelling=" + ".join([item.spelling, *(step.kind for step in steps)]),
             shape=item.entry.shape,
             dtype=dtype_name(dtype),
-            keys=found.keys,
+            keys=(*found.keys, *self.merging.keys(found.group, item.name)),
             written=(self.rename(item.name),),
             dim=said.dim if said else known_dim(found),
             assumptions=tuple(said.assumptions) if said else item.assumptions,

@@ -78,14 +78,18 @@ class Plan:
         """How many bytes of tensors are computed."""
         return sum(nbytes(piece.entry) for piece in self.sink.pieces if not isinstance(piece, Extent))
 
-    def check_target(self, *, force: bool) -> None:
+    def check_target(self, *, force: bool, also: Sequence[Path] = ()) -> None:
         """Raise if the target may not be written, or is larger than what is free on its disk.
+
+        Args:
+            force: Replace an existing file.
+            also: What else is read, and so may not be written.
 
         Raises:
             CheckpointError: Says why not.
             OutputExistsError: The target exists and `force` is false.
         """
-        sources = [one.path for one in self.file.inputs]
+        sources = [*(one.path for one in self.file.inputs), *also]
         check_target(self.target, sources=sources, force=force, directory=self.directory)
         free = shutil.disk_usage(self.target.parent).free
         if free < self.size:
