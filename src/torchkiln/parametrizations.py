@@ -31,7 +31,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
-    prepare([module])
+    prepare([module], f"parametrize {type(module).__name__}.{name}")
     tensor = getattr(module, name, None)
     if not isinstance(tensor, Tensor):
         raise no_tensor(

@@ -12,20 +12,23 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["Engine", "attach", "balance", "prepare", "versions"]
+__all__ = ["Engine", "attach", "balance", "prepare", "spread", "versions"]
 
 
 class Engine(Protocol):
     """What the engines need to do when a parametrization comes, goes or is evaluated."""
 
-    def prepare(self, modules: Sequence[nn.Module], step: nn.Module | None) -> None:
+    def prepare(self, modules: Sequence[nn.Module], intent: str | None) -> None:
         """Bring the parameters of ``modules`` into the state in which they can be exchanged.
 
-        ``step`` is about to be registered: its tensors become the same on all ranks.
+        With an ``intent``, a text of what is about to be done, see that all ranks have the same.
         """
 
     def balance(self, modules: Sequence[nn.Module]) -> None:
         """Bring the engines' books up to what ``modules`` have now."""
+
+    def spread(self, modules: Sequence[nn.Module]) -> None:
+        """Let what was just registered on ``modules`` be the same on all ranks."""
 
     def versions(self, chain: nn.Module) -> tuple[Any, ...] | None:
         """Return what changes with every write to the parameters of ``chain``; None where their own versions do."""
@@ -43,16 +46,31 @@ def attach(engine: Engine) -> None:
     _hook.engine = engine
 
 
-def prepare(modules: Iterable[nn.Module], step: nn.Module | None = None) -> None:
-    """Announce a change of ``modules``, before their tensors are looked at."""
-    if _hook.engine is not None and dist.is_available() and dist.is_initialized():
-        _hook.engine.prepare(list(modules), step)
+def prepare(modules: Iterable[nn.Module], intent: str | None = None) -> None:
+    """Announce a change of ``modules``, before their tensors are looked at.
+
+    Args:
+        modules: The modules.
+        intent: What is about to be done; None for a look only.
+    """
+    if (engine := _engine_in_use()) is not None:
+        engine.prepare(list(modules), intent)
 
 
 def balance(modules: Iterable[nn.Module]) -> None:
     """Announce that ``modules`` have changed, or that a change was undone."""
-    if _hook.engine is not None and dist.is_available() and dist.is_initialized():
-        _hook.engine.balance(list(modules))
+    if (engine := _engine_in_use()) is not None:
+        engine.balance(list(modules))
+
+
+def spread(modules: Iterable[nn.Module]) -> None:
+    """Announce that something was registered on ``modules``."""
+    if (engine := _engine_in_use()) is not None:
+        engine.spread(list(modules))
+
+
+def _engine_in_use() -> Engine | None:
+    return _hook.engine if dist.is_available() and dist.is_initialized() else None
 
 
 def versions(chain: nn.Module) -> tuple[Any, ...] | None:

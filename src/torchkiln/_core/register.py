@@ -21,7 +21,7 @@ from torchkiln._core.chain import (
     steps_of,
 )
 from torchkiln._core.checks import check_step
-from torchkiln._core.engine import balance, prepare
+from torchkiln._core.engine import balance, prepare, spread
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.inject import set_names
 from torchkiln._core.optimizers import Optimizers, Replacement, follow, parameters_of
@@ -95,7 +95,7 @@ def register_parametrization(
         True
     """
     check_request(module, tensor_name, parametrization)
-    prepare([module], parametrization)
+    prepare([module], f"register {type(parametrization).__name__} on {type(module).__name__}.{tensor_name}")
     was_training = parametrization.training
     parametrization.train(module.training)
     try:
@@ -108,6 +108,7 @@ def register_parametrization(
         raise
     for place in changed:
         follow_forward(place.module, parametrization)
+    spread(place.module for place in changed)
     return module
 
 

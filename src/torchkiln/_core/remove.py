@@ -86,7 +86,7 @@ def remove_parametrizations(
         raise ParametrizationError(
             f"Module {describe(module)} does not have a parametrization on {tensor_name}"
         )
-    prepare([module])
+    prepare([module], f"remove {type(module).__name__}.{tensor_name}")
     chain, place = chains_of(module)[tensor_name], Place(module, tensor_name)
     tied: list[Place] = []
     if leave_parametrized:

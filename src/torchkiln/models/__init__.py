@@ -15,7 +15,7 @@ from torchkiln.models._check import does_nothing, round_to
 from torchkiln.models._find import Found, Patterns, computed_tensors, select
 from torchkiln.models._functional import functional_call
 from torchkiln.models._report import Report, Row
-from torchkiln.models._settle import Outcome, at_rest, checked_values, commit, outcomes
+from torchkiln.models._settle import Outcome, announce, at_rest, checked_values, commit, outcomes
 from torchkiln.models._state_dict import load_state_dict, state_dict
 from torchkiln.models._ties import replacements, tied_paths
 
@@ -154,6 +154,7 @@ def restore(
             f"{_listed(several)}: computed from several tensors, none of which is the original; "
             "nothing was changed.\nUse bake for them, and exclude them here."
         )
+    announce("restore", chosen)
     results = [Outcome(one.fold, one.fold.leaves()[0], None) for one in chosen]
     report = _report("restore", model, found, chosen, [result.tensor.shape for result in results])
     return _finish(model, report, chosen, results, strict=strict, optimizer=optimizer)

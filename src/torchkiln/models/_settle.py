@@ -13,14 +13,24 @@ from torch import Tensor, nn
 from torchkiln._core.atomic import all_or_nothing
 from torchkiln._core.attributes import parameter_like
 from torchkiln._core.chain import set_data
-from torchkiln._core.engine import balance
+from torchkiln._core.engine import balance, prepare
 from torchkiln._core.optimizers import Optimizers, Replacement, follow
 from torchkiln.models._check import check_finite, check_stored, same
 from torchkiln.models._find import Found
 from torchkiln.models._fold import ChainFold, Fold, slots_of
 from torchkiln.models._ties import held_outside
 
-__all__ = ["Outcome", "at_rest", "checked_values", "commit", "followers", "new_tensor", "outcomes", "same"]
+__all__ = [
+    "Outcome",
+    "announce",
+    "at_rest",
+    "checked_values",
+    "commit",
+    "followers",
+    "new_tensor",
+    "outcomes",
+    "same",
+]
 
 
 # --- values -------------------------------------------------------------------------------------------------------
@@ -63,8 +73,15 @@ def _restore_attributes(saved: list[tuple[nn.Module, dict[str, Any]]]) -> None:
         vars(module).update(attributes)
 
 
+def announce(verb: str, found: list[Found]) -> None:
+    """Say what is about to be done with ``found``, which must be the same wherever the model is trained."""
+    modules = (fold.module for one in found for fold in one.fold.nested())
+    prepare(modules, f"{verb} " + ", ".join(f"{one.path} ({one.fold.what()})" for one in found))
+
+
 def checked_values(found: list[Found]) -> list[Tensor]:
     """Compute the values; raise where one is not finite, before anything was changed."""
+    announce("compute", found)
     with at_rest(found):
         values = [one.fold.value() for one in found]
     for one, value in zip(found, values, strict=True):
