@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -30,6 +30,9 @@ __all__ = [
 
 
 _MODULE_CALL = nn.Module.__call__
+_global = torch.nn.modules.module
+_forward_hooks, _forward_pre_hooks = _global._global_forward_hooks, _global._global_forward_pre_hooks
+_backward_hooks, _backward_pre_hooks = _global._global_backward_hooks, _global._global_backward_pre_hooks
 
 
 class ParametrizationList(nn.ModuleList):
@@ -113,18 +116,17 @@ class ParametrizationList(nn.ModuleList):
 
     def originals(self) -> tuple[Any, ...]:
         """Return the originals in the order in which the first step takes them."""
-        held = self._parameters  # not getattr(): nn.Module.__getattr__ would cost as much as all the rest
         names = original_names(self)
-        return tuple([held[name] if name in held else getattr(self, name) for name in names])
+        try:  # not getattr() first: nn.Module.__getattr__ would cost as much as all the rest
+            return tuple(map(self._parameters.__getitem__, names))
+        except KeyError:
+            return tuple([getattr(self, name) for name in names])
 
     def __call__(self) -> Tensor:
         """Compute the tensor; hooks on the chain run as on any module."""
-        hooked = (
-            self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        )
-        if hooked or nn.Module.__call__ is not _MODULE_CALL:  # torch.fx patches it while it traces
-            return super().__call__()  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
-        return self.forward()
+        # torch.fx patches nn.Module.__call__ while it traces.
+        plain = nn.Module.__call__ is _MODULE_CALL and _is_unhooked(self.__dict__)
+        return self.forward() if plain else super().__call__()
 
     def forward(self) -> Tensor:
         """Compute the tensor from its originals."""
@@ -140,11 +142,11 @@ class ParametrizationList(nn.ModuleList):
         for one in inputs:
             if type(one) is not nn.Parameter and is_sharded(one):
                 return self._forward_of_sharded(inputs)
-        x: Tensor = steps["0"](*inputs)
+        x: Tensor = _to_call(steps["0"])(*inputs)
         if len(steps) > 1:
             index = 1
             while (step := steps.get(str(index))) is not None:
-                x = step(x)
+                x = _to_call(step)(x)
                 index += 1
         return x
 
@@ -285,9 +287,35 @@ def chains_of(module: nn.Module) -> dict[str, Any]:
     return chains._modules  # type: ignore[union-attr]  # a parametrized module has it
 
 
-def original_names(chain: Any) -> list[str]:
+def original_names(chain: Any) -> Sequence[str]:
     """Return the names of a chain's originals, ours or torch's."""
-    return ["original"] if chain.is_tensor else [f"original{index}" for index in range(chain.ntensors)]
+    if chain.is_tensor:
+        return ("original",)
+    count: int = chain.ntensors
+    return _NUMBERED[:count] if count <= len(_NUMBERED) else [f"original{index}" for index in range(count)]
+
+
+_NUMBERED = tuple(f"original{index}" for index in range(8))  # made once: every read asks for them
+
+
+def _to_call(step: Any) -> Callable[..., Any]:
+    """Return what to call for ``step``: its forward where that is all there is, for nn.Module.__call__ costs more."""
+    plain = type(step).__call__ is _MODULE_CALL and _is_unhooked(step.__dict__)
+    return step.forward if plain else step  # type: ignore[no-any-return]  # a step may be any module
+
+
+def _is_unhooked(attributes: dict[str, Any]) -> bool:
+    return not (
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "_compiled_call_impl" in attributes
+        or _forward_hooks
+        or _forward_pre_hooks
+        or _backward_hooks
+        or _backward_pre_hooks
+    )
 
 
 def steps_of(chain: nn.Module) -> list[nn.Module]:

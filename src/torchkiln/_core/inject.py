@@ -31,6 +31,8 @@ __all__ = ["base_class", "chain_of", "parametrized_class", "set_names"]
 # Some code compares the whole class name with torch's (brevitas does), and fx decides by it what a leaf is.
 _MODULE = "torch.nn.utils.parametrize"
 
+_in_dynamo = torch.compiler.is_dynamo_compiling  # it cannot trace what looks at frames
+
 # Weak on both sides: neither a user's class nor an injected class lives longer than its users.
 _classes: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple[str, ...], type]]
 _classes = weakref.WeakKeyDictionary()
@@ -142,30 +144,26 @@ def chain_of(module: nn.Module, name: str) -> Any:
 def _tensor_property(cls: type, name: str) -> _TensorProperty:
     # cls is held by the property it holds: a cycle that dies with the class.
     def read(self: nn.Module) -> Any:
-        chains = self._modules.get("parametrizations")  # chain_of() in place: this is every read
-        chain: Any = None if chains is None else chains._modules.get(name)
-        if chain is None:
+        try:  # chain_of() in place: this is every read
+            chain: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]  # no None
+        except KeyError:
             return _plain_attribute(cls, self, name)
         # The flag is a thread's or another's; most reads find it down.
         kept = cached_value(self, name, chain) if any_scope_open.flag else None
         value = chain() if kept is None else kept
         # A forward does not write into its weights; anyone else may want to (nn.init, reset_parameters).
-        if torch.compiler.is_compiling() or (caller := sys._getframe(1).f_code).co_name == "forward":
+        if _in_dynamo() or (caller := sys._getframe(1).f_code).co_name == "forward":
             return value
         if caller is SWAP:
             return swapped_out(chain, value)
-        return watched(value, chain, name) if kept is None and type(value) is Tensor else value
+        return watched(value, chain, name) if kept is None else value
 
     def write(self: nn.Module, value: Tensor) -> None:
         chain = chain_of(self, name)
         if chain is None:
             self.__dict__[name] = value
         # Past nn.Module.__setattr__ is who assigned. A chain of torch's knows no stand-in.
-        elif (
-            isinstance(chain, ParametrizationList)
-            and not torch.compiler.is_compiling()
-            and sys._getframe(2).f_code is SWAP
-        ):
+        elif isinstance(chain, ParametrizationList) and not _in_dynamo() and sys._getframe(2).f_code is SWAP:
             swap_in(chain, value)
         else:
             chain.right_inverse(value)

@@ -24,6 +24,7 @@ __all__ = ["ComputedTensor", "watched"]
 
 
 _PARAMETER_NEW = nn.Parameter.__new__.__code__
+_in_transform = torch._C._are_functorch_transforms_active
 
 
 class ComputedTensor(Tensor):
@@ -31,35 +32,43 @@ class ComputedTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own way to say so
 
-    _chain: nn.Module
-    _name: str
-    _version_read: int
-    _grad_fn_read: Any
+    # The chain, the tensor's name in its module, and the version and grad_fn it had; a plain tuple for speed.
+    _read: tuple[nn.Module, str, int, Any]
 
     @property
     def data(self) -> Tensor:
         """The same memory without autograd; writes into it count as well."""
-        data = Tensor.data.__get__(self)  # type: ignore[attr-defined]  # a C descriptor
-        _watch(data, self._chain, self._name)
-        return data  # type: ignore[no-any-return]  # a C descriptor
+        data: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]  # a C descriptor
+        _watch(data, *self._read[:2])
+        return data
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self._chain.right_inverse(value)  # type: ignore[operator]  # mypy: Tensor | Module
+        self._read[0].right_inverse(value)  # type: ignore[operator]  # mypy: Tensor | Module
+
+    def __getattr__(self, name: str) -> Any:
+        """Find what is said of all originals: transformers marks loaded parameters, and initializes the rest."""
+        originals = self.__dict__["_read"][0]._parameters.values()
+        said = [original.__dict__.get(name) for original in originals if original is not None]
+        if said and said[0] is not None and all(one is said[0] for one in said):
+            return said[0]
+        raise AttributeError(f"'Tensor' object has no attribute '{name}'")
 
     def __del__(self) -> None:
-        self.settle()
+        if self._version != self._read[2]:
+            self.settle()
 
     def settle(self) -> None:
         """Hand what was written since the read to the chain."""
-        if self._version == self._version_read or self.grad_fn is not self._grad_fn_read:
+        chain, name, version, grad_fn = self._read
+        if self._version == version or self.grad_fn is not grad_fn:
             return  # nothing written, or by a differentiable operation of the caller's own
-        self._version_read = self._version
-        chain, step = self._chain, _without_inverse(self._chain)
+        self._read = (chain, name, self._version, grad_fn)
+        step = _without_inverse(chain)
         if step is not None:
             warnings.warn(
-                f"A write into the computed tensor {self._name!r} is lost: {type(step).__name__} has no "
-                f"right_inverse.\nWrite to parametrizations.{self._name}.original, or define right_inverse.",
+                f"A write into the computed tensor {name!r} is lost: {type(step).__name__} has no "
+                f"right_inverse.\nWrite to parametrizations.{name}.original, or define right_inverse.",
                 TorchkilnWarning,
                 stacklevel=2,
             )
@@ -113,17 +122,15 @@ def watched(value: Tensor, chain: nn.Module, name: str) -> Tensor:
     ``torch.func`` transforms.
     """
     # Held by the caller's name, this argument and getrefcount's own.
-    fresh = type(value) is Tensor and sys.getrefcount(value) <= 3
-    if fresh and not torch._C._are_functorch_transforms_active() and not value.is_inference():
+    if type(value) is Tensor and sys.getrefcount(value) <= 3 and not _in_transform():
         _watch(value, chain, name)
     return value
 
 
 def _watch(value: Tensor, chain: nn.Module, name: str) -> None:
+    try:
+        read = (chain, name, value._version, value.grad_fn)
+    except RuntimeError:  # made in inference mode, where writes are not counted
+        return
     value.__class__ = ComputedTensor
-    # What is said of all originals holds for the value: transformers marks loaded parameters, and initializes the rest.
-    first, *rest = [vars(original) for original in chain._parameters.values() if original is not None] or [{}]
-    value.__dict__.update(
-        {key: said for key, said in first.items() if all(one.get(key) is said for one in rest)}
-    )
-    value.__dict__.update(_chain=chain, _name=name, _version_read=value._version, _grad_fn_read=value.grad_fn)
+    value._read = read  # type: ignore[attr-defined]  # a ComputedTensor now
