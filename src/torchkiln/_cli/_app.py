@@ -18,6 +18,7 @@ from rich.text import Text
 import torchkiln
 from torchkiln import checkpoint
 from torchkiln._cli import _console, _reports
+from torchkiln._cli._launch import launched_group
 from torchkiln._cli._options import (
     AdapterFolder,
     AdapterWeight,
@@ -158,6 +159,7 @@ def bake(
 
     Everything else passes through bit for bit; FILE itself is never modified. OUT appears whole or not at all: after
     an error, an interruption or a crash there is nothing to clean up or to resume, and the command can be run again.
+    The processes that torchrun starts bake a directory together, each its part.
 
     Exit status: 0 when OUT is written; 1, and no OUT, where there is nothing to fold or a tensor cannot be folded.
 
@@ -169,8 +171,9 @@ def bake(
       torchkiln bake net.pt -o net.safetensors --rename module.= --dtype bfloat16
       torchkiln bake model.safetensors.index.json -o plain --max-shard-size 5GB --dry-run
       torchkiln bake model.safetensors -o merged.safetensors --adapter lora --adapter style --weight 0.5
+      torchrun --nproc-per-node 8 -m torchkiln bake step-1000 -o plain
     """
-    with _console.progress("baking") as progress:
+    with launched_group() as group, _console.progress("baking") as progress:
         report = checkpoint.bake(
             file,
             out,
@@ -188,8 +191,11 @@ def bake(
             verify=verify,
             dry_run=dry_run,
             progress=progress,
+            group=group,
         )
-    _finish_file(report, out, json=json)
+        first = group is None or group.rank() == 0
+    if first:
+        _finish_file(report, out, json=json)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchkiln._core.errors import CheckpointError, OutputExistsError, TorchkilnError
+from torchkiln.checkpoint._team import ALONE, Team
 
 __all__ = ["check_target", "replacing"]
 
@@ -43,30 +44,41 @@ def _check_directory(target: Path) -> None:
 
 @contextmanager
 def replacing(
-    target: Path, *, sources: Sequence[Path], force: bool, directory: bool = False
+    target: Path, *, sources: Sequence[Path], force: bool, directory: bool = False, team: Team = ALONE
 ) -> Iterator[Path]:
     """Give a temporary path beside `target` that takes its place on success and is removed on any failure.
+
+    Of a team every process gets the path; the first one makes it, and puts it in place once the others are done.
 
     Args:
         target: The file to create or replace, or the directory to create.
         sources: The files being read, of which `target` must be none.
         force: Replace an existing target.
         directory: Make a directory.
+        team: The processes that write it.
 
     Raises:
-        CheckpointError: As :func:`check_target`, or the system refused to write.
+        CheckpointError: As :func:`check_target`, the system refused to write, or another process failed.
         OutputExistsError: The target exists and `force` is false.
     """
-    check_target(target, sources=sources, force=force, directory=directory)
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    first = team.rank == 0
+    name = team.exchange(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")[0]
+    temporary = target.with_name(name)
     try:
-        temporary.mkdir() if directory else temporary.open("xb").close()
-        yield temporary
-        (_sync_directory if directory else _sync)(temporary)
-        # Once more: writing took time, and rename would replace what appeared meanwhile.
-        check_target(target, sources=sources, force=force, directory=directory)
-        _put(temporary, target, force=force or directory)
-        _sync_directory(target.parent)
+        with team.together():
+            if first:
+                check_target(target, sources=sources, force=force, directory=directory)
+                temporary.mkdir() if directory else temporary.open("xb").close()
+            team.exchange(None)
+            yield temporary
+            team.exchange(None)
+            if first:
+                (_sync_directory if directory else _sync)(temporary)
+                # Once more: writing took time, and rename would replace what appeared meanwhile.
+                check_target(target, sources=sources, force=force, directory=directory)
+                _put(temporary, target, force=force or directory)
+                _sync_directory(target.parent)
+            team.exchange(None)
     except (MemoryError, OSError, RuntimeError) as error:
         if isinstance(error, TorchkilnError):
             raise

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from torchkiln._core.errors import NothingToFoldError
 from torchkiln._core.spellings.options import Options
@@ -20,6 +21,7 @@ from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import FileReport, Note
 from torchkiln.checkpoint._scan import Found, Scan, refuse_blocked, scan
 from torchkiln.checkpoint._select import Renaming, picked
+from torchkiln.checkpoint._team import Team
 from torchkiln.checkpoint._write import Container, Progress, plan_copy, plan_notes
 
 __all__ = ["bake"]
@@ -43,12 +45,16 @@ def bake(
     verify: bool = True,
     dry_run: bool = False,
     progress: Progress | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> FileReport:
     """Write a copy of a checkpoint in which every parametrized tensor is plain.
 
     The values are those that the model computes with in eval mode, to the bit for float32 and float64; smaller
     dtypes are computed in float32 and rounded once. The new file appears whole or not at all. It is streamed: in
     memory are the tensor being computed and the one being written, however large the file is.
+
+    The processes of a ``group`` bake one checkpoint together: each computes and writes its part of a directory, a
+    single file is the first one's. Where one of them fails or ends, all raise, and nothing is left.
 
     A step without tensors at the end of a chain (a ReLU after a spectral norm) shows only in files that keep the
     module records of ``state_dict()``, as those of ``torch.save`` do and safetensors do not.
@@ -79,6 +85,7 @@ def bake(
         verify: Recompute every folded tensor in another way before it is written, and compare.
         dry_run: Write nothing; report what would be written, from names and shapes alone.
         progress: Called with the bytes of tensors done, their total, and the name of the last one if it was computed.
+        group: The processes that make this call together, on a file system that they share; None is this one alone.
 
     Returns:
         A row for each tensor: what it was, the keys it was read from, and what was assumed.
@@ -98,8 +105,8 @@ def bake(
         >>> torch.load(folder + "/plain.pt")
         {'weight': tensor([[6., 8.]])}
     """
-    options, renaming = Options(assume, dims), Renaming(rename)
-    with open_checkpoint(source) as file, open_adapters(adapters) as opened:
+    options, renaming, team = Options(assume, dims), Renaming(rename), Team(group)
+    with team.together(), open_checkpoint(source) as file, open_adapters(adapters) as opened:
         scanned = scan(file, options)
         chosen, left = picked(scanned.found, include, exclude, where=str(source))
         if keep_going:
@@ -120,7 +127,9 @@ def bake(
         renaming.check_all(file.groups, changes, str(source))
         plan = plan_copy(file, changes, Path(target), container=container, max_shard_size=max_shard_size)
         plan.check_target(force=force, also=[one.path for adapter in opened for one in adapter.file.inputs])
-        size = plan.size if dry_run else plan.write(force=force, progress=progress)
+        size = plan.size if dry_run else plan.write(force=force, progress=progress, team=team)
+        folding.learn(team)
+        casting.warnings, writing.warnings = team.joined(casting.warnings), team.joined(writing.warnings)
         rows = (*(folding.row(found) for found in chosen), *writing.rows)
         notes = [*scanned.notes, *merging.notes, *_left(left), *folding.warnings(chosen), *writing.warnings]
         notes += [*casting.notes(changes), *plan_notes(file, plan, dry_run=dry_run)]

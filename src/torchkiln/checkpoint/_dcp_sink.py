@@ -1,4 +1,4 @@
-"""Writing the directory of a distributed checkpoint, as one process would."""
+"""Writing the directory of a distributed checkpoint: one file of data by each process, and what is where."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,19 +17,28 @@ from torchkiln.checkpoint._dcp_file import METADATA
 from torchkiln.checkpoint._io import Content, Entry, Piece, placeholder
 from torchkiln.checkpoint._safetensors_sink import contiguous
 from torchkiln.checkpoint._stream import Advance
+from torchkiln.checkpoint._team import Team
 from torchkiln.checkpoint._torch_sink import pickled, records_of, write_archive
 
 __all__ = ["DcpSink"]
 
-_FILE = "__0_0.distcp"
+
+class _Place(NamedTuple):
+    """Where the archive of a tensor or value lies."""
+
+    file: str
+    start: int
+    length: int
 
 
 class DcpSink:
-    """One data file with an archive for each tensor and value, and the metadata that says where they are.
+    """A data file by each process with an archive for each tensor and value, and the metadata: where they are.
 
     Args:
         content: Mappings in mappings; their keys make the names.
     """
+
+    shared_out = True
 
     def __init__(self, content: Content) -> None:
         self._paths: dict[str, tuple[Any, ...]] = {}
@@ -56,25 +65,33 @@ class DcpSink:
         """Where everything comes from, in the order of writing."""
         return [piece for _, piece in self._tensors.values()]
 
-    def write(self, path: Path, advance: Advance) -> None:
-        """Write into an empty directory."""
-        data = path / _FILE
+    def write(self, path: Path, advance: Advance, team: Team) -> None:
+        """Write this process's share into an empty directory; the first process adds the metadata."""
+        data = path / f"__{team.rank}_0.distcp"
         data.touch(exist_ok=False)
-        places: dict[str, tuple[int, int]] = {}
         with OutputFile(data) as out:
-            for name, value in self._values.items():
-                places[name] = (out.tell(), out.write(value))
-            for name, (entry, piece) in self._tensors.items():
-                start = out.tell()
-                write_archive(out, records_of(*_alone(entry, piece)), advance)
-                places[name] = (start, out.tell() - start)
-        # Last: a directory without its metadata is no checkpoint.
-        metadata = path / METADATA
-        metadata.touch(exist_ok=False)
-        with OutputFile(metadata) as out:
-            out.write(pickle.dumps(self._metadata(places)))
+            mine = self._write_share(out, data.name, advance, team)
+        places = {name: place for part in team.exchange(mine) for name, place in part.items()}
+        if team.rank == 0:
+            # Last: a directory without its metadata is no checkpoint.
+            metadata = path / METADATA
+            metadata.touch(exist_ok=False)
+            with OutputFile(metadata) as out:
+                out.write(pickle.dumps(self._metadata(places)))
 
-    def _metadata(self, places: Mapping[str, tuple[int, int]]) -> Any:
+    def _write_share(self, out: OutputFile, file: str, advance: Advance, team: Team) -> dict[str, _Place]:
+        places = {}
+        if team.rank == 0:
+            for name, value in self._values.items():
+                places[name] = _Place(file, out.tell(), out.write(value))
+        names = list(self._tensors)
+        for index in team.share([nbytes(entry) for entry, _ in self._tensors.values()]):
+            name, start = names[index], out.tell()
+            write_archive(out, records_of(*_alone(*self._tensors[name])), advance)
+            places[name] = _Place(file, start, out.tell() - start)
+        return places
+
+    def _metadata(self, places: Mapping[str, _Place]) -> Any:
         from torch.distributed.checkpoint.filesystem import _StorageInfo
         from torch.distributed.checkpoint.metadata import (
             BytesStorageMetadata,
@@ -91,10 +108,10 @@ class DcpSink:
             size, zero = torch.Size(entry.shape), torch.Size([0] * len(entry.shape))
             chunk = ChunkStorageMetadata(offsets=zero, sizes=size)
             stored[name] = TensorStorageMetadata(TensorProperties(dtype=entry.dtype), size, [chunk])
-        for name, (start, length) in places.items():
+        for name, place in places.items():
             offset = [0] * len(self._tensors[name][0].shape) if name in self._tensors else None
             index = MetadataIndex(name, offset, index=0 if offset is not None else None)
-            where[index] = _StorageInfo(_FILE, start, length)
+            where[index] = _StorageInfo(*place)
         return Metadata(stored, planner_data=dict(self._paths), storage_data=where, version="1.0.0")
 
 

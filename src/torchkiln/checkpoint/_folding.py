@@ -17,6 +17,7 @@ from torchkiln.checkpoint._report import Folded, Note
 from torchkiln.checkpoint._rows import Rowwise, folding
 from torchkiln.checkpoint._scan import Found, known_dim
 from torchkiln.checkpoint._select import Renaming
+from torchkiln.checkpoint._team import Team
 
 __all__ = ["Folding", "dtype_name"]
 
@@ -111,6 +112,11 @@ class Folding:
         # What is said of a tensor is kept, its values are not.
         result.tensor = torch.empty(0, dtype=result.tensor.dtype)
         self._said[found.evaluate.identity(found.item)] = result
+
+    def learn(self, team: Team) -> None:
+        """Take over what the other processes of a team have to say of the tensors that they computed."""
+        for said in team.exchange(self._said):
+            self._said |= said
 
     def row(self, found: Found) -> Folded:
         """Return the report's row of a tensor, from names and shapes alone where it was not computed."""

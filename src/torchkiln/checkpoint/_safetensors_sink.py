@@ -18,6 +18,7 @@ from torchkiln.checkpoint._bytes import Extent, InputFile, OutputFile, as_bytes,
 from torchkiln.checkpoint._io import Content, Entry, Made, Piece
 from torchkiln.checkpoint._safetensors_header import make_header, read_header
 from torchkiln.checkpoint._stream import Advance, Job, pump
+from torchkiln.checkpoint._team import Team
 
 __all__ = ["SafetensorsSink", "flat"]
 
@@ -63,16 +64,28 @@ class SafetensorsSink:
         """Where everything comes from, in the order of writing."""
         return [self._tensors[key][1] for file in self._files for key in file.order]
 
-    def write(self, path: Path, advance: Advance) -> None:
-        """Write to an empty file, or into an empty directory where there are shards."""
+    @property
+    def shared_out(self) -> bool:
+        """Whether several processes write it: where there are shards."""
+        return self._sharded
+
+    def write(self, path: Path, advance: Advance, team: Team) -> None:
+        """Write to an empty file, or into an empty directory where there are shards: this process's share of them."""
         if not self._sharded:
             self._write_one(self._files[0], path, advance)
             return
-        for file in self._files:
-            shard = path / file.name
+        for number in team.share([self._bytes(file) for file in self._files]):
+            shard = path / self._files[number].name
             shard.touch(exist_ok=False)
-            self._write_one(file, shard, advance)
-        index = path / INDEX
+            self._write_one(self._files[number], shard, advance)
+        team.exchange(None)
+        if team.rank == 0:
+            self._write_index(path / INDEX)
+
+    def _bytes(self, file: _File) -> int:
+        return sum(nbytes(self._tensors[key][0]) for key in file.order)
+
+    def _write_index(self, index: Path) -> None:
         index.touch(exist_ok=False)
         with OutputFile(index) as out:
             out.write(json.dumps(self._index(), indent=2, sort_keys=True).encode())

@@ -20,6 +20,7 @@ from torchkiln._core.errors import CheckpointError
 from torchkiln.checkpoint._bytes import Extent, InputFile, OutputFile, as_bytes, chunks
 from torchkiln.checkpoint._io import Content, Piece
 from torchkiln.checkpoint._stream import Advance, Job, pump
+from torchkiln.checkpoint._team import Team
 from torchkiln.checkpoint._torch_archive import read_archive
 
 __all__ = ["TorchSink", "pickled", "write_archive"]
@@ -39,6 +40,8 @@ class TorchSink:
         content: What the file is to hold.
     """
 
+    shared_out = False
+
     def __init__(self, content: Content) -> None:
         self._content = content  # its placeholders are named by their addresses
         self._records = records_of(*pickled(content))
@@ -49,7 +52,7 @@ class TorchSink:
         """Where everything comes from, in the order of writing."""
         return [piece for _, _, piece in self._records if not isinstance(piece, bytes)]
 
-    def write(self, path: Path, advance: Advance) -> None:
+    def write(self, path: Path, advance: Advance, _team: Team) -> None:
         """Write to an empty file."""
         with OutputFile(path) as out:
             write_archive(out, self._records, advance)

@@ -15,6 +15,7 @@ from torchkiln.checkpoint._io import Change, CheckpointFile, Content, Made, Piec
 from torchkiln.checkpoint._report import Note
 from torchkiln.checkpoint._safetensors_sink import SafetensorsSink, flat
 from torchkiln.checkpoint._stream import Advance
+from torchkiln.checkpoint._team import ALONE, Team
 from torchkiln.checkpoint._torch_sink import TorchSink
 
 __all__ = ["Container", "Plan", "Progress", "chosen_container", "plan_copy", "plan_notes"]
@@ -38,10 +39,14 @@ class Sink(Protocol):
     size: int
 
     @property
+    def shared_out(self) -> bool:
+        """Whether several processes write it, each its share."""
+
+    @property
     def pieces(self) -> Sequence[Piece]:
         """Where everything comes from, in the order of writing."""
 
-    def write(self, path: Path, advance: Advance) -> None:
+    def write(self, path: Path, advance: Advance, team: Team) -> None:
         """Write to an empty file or directory."""
 
 
@@ -97,12 +102,13 @@ class Plan:
                 f"{self.target}: needs {self.size:,} bytes, and {free:,} are free on its disk."
             )
 
-    def write(self, *, force: bool, progress: Progress | None = None) -> int:
+    def write(self, *, force: bool, progress: Progress | None = None, team: Team = ALONE) -> int:
         """Write, whole or not at all, and return the size in bytes.
 
         Args:
             force: Replace an existing file.
             progress: Called with the bytes of tensors done, their total, and the name of the last one.
+            team: The processes that write together; only the first one writes what cannot be shared out.
 
         Raises:
             CheckpointError: The source cannot be read, changes meanwhile, or the system refuses to write.
@@ -117,11 +123,14 @@ class Plan:
             if progress is not None:
                 progress(min(done, total), total, name)
 
-        with replacing(self.target, sources=sources, force=force, directory=self.directory) as temporary:
-            self.sink.write(temporary, advance)
+        with replacing(
+            self.target, sources=sources, force=force, directory=self.directory, team=team
+        ) as temporary:
+            if team.rank == 0 or self.sink.shared_out:
+                self.sink.write(temporary, advance, team)
             self.file.check_unchanged()
             written = temporary.iterdir() if self.directory else [temporary]
-            return sum(path.stat().st_size for path in written)
+            return team.exchange(sum(path.stat().st_size for path in written))[0]
 
 
 def plan_notes(file: CheckpointFile, plan: Plan, *, dry_run: bool) -> Iterator[Note]:
