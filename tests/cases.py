@@ -61,6 +61,7 @@ def _other_shapes(row: Row) -> Iterator[Case]:
 FIXED_SHAPE = {
     *("BlockCirculant", "BlockDiagonal", "Kronecker", "Monarch", "Butterfly", "Product"),
     *("LowRank", "FixedRank", "PositiveSemidefinite", "FixedRankSemidefinite", "Masked"),
+    "ConvSpectralNorm",  # a kernel has three dimensions at least
     "WeightStandardization",  # one weight per channel has no deviation
 }
 

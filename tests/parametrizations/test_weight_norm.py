@@ -76,6 +76,18 @@ def test_low_precision(impl: Impl, dtype: torch.dtype) -> None:
     torch.testing.assert_close(layer.weight.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("dim", [0, 3])
+def test_channels_last(dim: int) -> None:
+    """torch's kernel does not look at strides: the tensors have to be contiguous before they reach it."""
+    theirs, ours = both(
+        lambda impl: impl.N.weight_norm(
+            nn.Conv2d(4, 3, (2, 3), dtype=torch.float64).to(memory_format=torch.channels_last), dim=dim
+        )
+    )
+    assert not ours.parametrizations.weight.original1.is_contiguous()
+    assert_agree(ours, theirs)
+
+
 @EVERY_MODULE
 def test_registration_keeps_the_value(impl: Impl, module: Callable[[], nn.Module]) -> None:
     layer = module()

@@ -36,6 +36,7 @@ from torchkiln.families._elementwise import (
     UnitCircle,
 )
 from torchkiln.families._lowrank import PLU, FixedRank, Invertible, LowRank, SpecialLinear
+from torchkiln.families._norm import ConvSpectralNorm, SpectralNorm, WeightNorm
 from torchkiln.families._orthogonal import (
     AlmostOrthogonal,
     Grassmann,
@@ -98,6 +99,7 @@ __all__ = [
     "Chain",
     "Circulant",
     "Clamped",
+    "ConvSpectralNorm",
     "Correlation",
     "Custom",
     "Diagonal",
@@ -142,6 +144,7 @@ __all__ = [
     "SparseSimplex",
     "SpecialLinear",
     "SpecialOrthogonal",
+    "SpectralNorm",
     "Sphere",
     "Stiefel",
     "Symmetric",
@@ -151,6 +154,7 @@ __all__ = [
     "UnitCircle",
     "UnitNorm",
     "Unitary",
+    "WeightNorm",
     "WeightStandardization",
     "ZeroSum",
     "from_spec",

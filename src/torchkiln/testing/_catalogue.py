@@ -42,6 +42,11 @@ _ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "BlockDiagonal": [{"blocks": 2}],
     "Chain": [{"families": [families.Symmetric(), families.Scaled(2.0)]}],
     "Clamped": [{"lower": -1.0, "upper": 1.0}],
+    "ConvSpectralNorm": [
+        {"padding": 1},
+        {"padding": 1, "padding_mode": "circular", "method": "exact", "input_size": (4, 4)},
+        {"padding": 1, "stride": 2, "method": "power", "input_size": (4, 4), "tolerance": 1e-7},
+    ],
     "Custom": [{"function": torch.sinh, "inverse": torch.asinh}],
     "DiagonalPlusLowRank": [{"rank": 1}],
     "FixedRank": _RANK,
@@ -68,6 +73,11 @@ _ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "Scaled": [{"scale": 2.0, "learned": name} for name in ("no", "scalar", "diagonal")],
     "SchurStable": [{}, {"radius": 0.5}],
     "Simplex": [{"map": "softmax"}, {"map": "stick_breaking"}],
+    "SpectralNorm": [
+        {"tolerance": 1e-7},
+        {"coefficient": 2.0, "cap": True, "tolerance": 1e-7},
+        {"dim": 1, "tolerance": 1e-7},
+    ],
     "SpecialOrthogonal": [{"map": "exponential"}, {"map": "cayley"}],
     "Triangular": [
         {"side": side, "diagonal": kind}
@@ -75,11 +85,15 @@ _ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     ],
     "UnitNorm": [{}, {"dim": 0}],
     "Unitary": [{"map": "exponential"}, {"map": "cayley"}],
+    "WeightNorm": [{}, {"dim": -1}, {"gain": 2.0}],
     "WeightStandardization": [{}, {"scale": "fan_in", "gamma": 1.7}],
     "ZeroSum": [{}, {"dim": 0}],
 }
 # The structured ones want sides with divisors.
-_SHAPES = {"BlockCirculant": (4, 6), "BlockDiagonal": (4, 6), "Kronecker": (4, 6), "Monarch": (4, 6)}
+_SHAPES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("BlockCirculant", "BlockDiagonal", "Kronecker", "Monarch"), (4, 6)),
+    "ConvSpectralNorm": (3, 2, 3, 3),
+}
 
 
 def names() -> list[str]:

@@ -57,6 +57,8 @@ def weight_normalize(V: Tensor, g: Tensor, dim: int) -> Tensor:
     """
     if (dim != 0 and dim != V.ndim - 1) or not has_kernel(V):
         return _weight_formula(V, g, dim)
+    if not (V.is_contiguous() and g.is_contiguous()):  # the kernel does not look at strides
+        V, g = V.contiguous(), g.contiguous()
     W, norm = torch._weight_norm_interface(V, g, dim)
     if V.is_cpu and norm.min().item() == 0:
         return _weight_formula(V, g, dim)
