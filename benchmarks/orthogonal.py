@@ -25,7 +25,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         thin = [(1024, 64)] if map_name == "householder" else []  # the others make 1024 x 1024 of it in torch
         for n, k in [(16, 16), (32, 8)] if settings.quick else [*_SQUARE, *_TALL, *thin]:
             floor = f"one product of {n}x{n} and {n}x{k}"
-            for what, meter in (("forward", _forward), ("forward+backward", _forward_backward)):
+            for what, meter in (("forward", forward), ("forward+backward", forward_backward)):
                 yield Case(
                     GROUP,
                     f"{map_name} {n}x{k}, {what}",
@@ -41,20 +41,20 @@ def _contenders(
 
     def ours_or_torchs(library: Library) -> Loop:
         layer = nn.Linear(k, n, bias=False)
-        return meter(_moved(library.parametrizations.orthogonal(layer, orthogonal_map=map_name)))
+        return meter(moved(library.parametrizations.orthogonal(layer, orthogonal_map=map_name)))
 
     meters = each(ours_or_torchs)
     peer: Any = geotorch()
     if peer is not None and map_name in _GEOTORCH:
         triv = _GEOTORCH[map_name]
         meters["geotorch"] = seeded(
-            lambda: meter(_moved(peer.orthogonal(nn.Linear(k, n, bias=False), triv=triv)))
+            lambda: meter(moved(peer.orthogonal(nn.Linear(k, n, bias=False), triv=triv)))
         )
     A, B = torch.randn(n, n), torch.randn(n, k)
     return {**meters, FLOOR: Loop("mm(A, B)", {"mm": torch.mm, "A": A, "B": B})}
 
 
-def _moved(module: nn.Module) -> nn.Module:
+def moved(module: nn.Module) -> nn.Module:
     """Move the free matrix off the point it starts from, where the maps would have little to do."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -62,11 +62,11 @@ def _moved(module: nn.Module) -> nn.Module:
     return module
 
 
-def _forward(module: nn.Module) -> Loop:
+def forward(module: nn.Module) -> Loop:
     return Loop("module.weight", {"module": module})
 
 
-def _forward_backward(module: nn.Module) -> Loop:
+def forward_backward(module: nn.Module) -> Loop:
     parameters = list(module.parameters())
     weight: Any = module.weight
     G: Tensor = torch.randn_like(weight)

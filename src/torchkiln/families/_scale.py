@@ -59,8 +59,7 @@ class SigmaReparam(Parametrization):
 
     @computed
     def forward(self, gain: Tensor, V: Tensor) -> Tensor:
-        V, size = maps.nonzero(V, maps.spectral(V))
-        return V / size * gain[..., None, None]
+        return maps.rescale(V, maps.spectral(V), gain[..., None, None], dims=(-2, -1))
 
     @inverted
     def right_inverse(self, W: Tensor) -> tuple[Tensor, Tensor]:

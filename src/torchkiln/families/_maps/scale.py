@@ -9,12 +9,15 @@ from torch import Tensor
 
 from torchkiln.families._maps.linear import remove_mean
 
-__all__ = ["inputs", "nonzero", "norm", "onto_sphere", "operator_norm", "spectral", "standardize", "tiny"]
-
-
-def tiny(X: Tensor) -> float:
-    """Return the smallest normal number of the dtype: norms below it are not divided by."""
-    return torch.finfo(X.dtype).tiny
+__all__ = [
+    "inputs",
+    "norm",
+    "onto_sphere",
+    "operator_norm",
+    "rescale",
+    "spectral",
+    "standardize",
+]
 
 
 def inputs(W: Tensor) -> tuple[int, ...]:
@@ -33,13 +36,25 @@ def norm(X: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(X, dim=dims, keepdim=True) if dims else X.abs()
 
 
-def nonzero(X: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``X`` and ``size``, its norm, with ones in place of what is zero, which has no direction.
+def rescale(X: Tensor, size: Tensor, value: Tensor | float, *, dims: tuple[int, ...]) -> Tensor:
+    """Return ``X`` scaled from the norm ``size`` over ``dims`` to ``value``; equal entries where it is zero.
 
-    The gradient passes as if nothing had been replaced: what was zero can move.
+    What is zero has no direction, and yet a gradient, as if it had the size 1: it can move.
     """
-    zero = size < tiny(X)
-    return X + zero, torch.where(zero, 1, size)
+    size, zero = _nonzero(size)
+    equal = zero * (value / _root_of_count(X, dims))
+    return torch.addcmul(equal.to(X.dtype), X, (value / size).to(X.dtype))
+
+
+def _nonzero(size: Tensor) -> tuple[Tensor, Tensor]:
+    """Return norms with 1 in place of those whose square is no normal number, and where these are."""
+    zero = size < torch.finfo(size.dtype).tiny ** 0.5
+    return torch.where(zero, 1, size), zero
+
+
+def _root_of_count(X: Tensor, dims: tuple[int, ...]) -> float:
+    """Return the root of the number of entries along ``dims``: the norm of as many ones."""
+    return math.sqrt(max(math.prod([X.shape[dim] for dim in dims]), 1))
 
 
 def onto_sphere(X: Tensor, radius: float, dims: tuple[int, ...]) -> Tensor:
@@ -50,13 +65,7 @@ def onto_sphere(X: Tensor, radius: float, dims: tuple[int, ...]) -> Tensor:
         tensor([[6.0000, 8.0000],
                 [7.0711, 7.0711]])
     """
-    root = _root_of_count(X, dims)
-    X, size = nonzero(X, norm(X, dims) / root)
-    return X / size * (radius / root)
-
-
-def _root_of_count(X: Tensor, dims: tuple[int, ...]) -> float:
-    return math.sqrt(max(math.prod([X.shape[dim] for dim in dims]), 1))
+    return rescale(X, norm(X, dims), radius, dims=dims)
 
 
 def standardize(X: Tensor, deviation: float, dims: tuple[int, ...]) -> Tensor:
@@ -68,8 +77,8 @@ def standardize(X: Tensor, deviation: float, dims: tuple[int, ...]) -> Tensor:
                 [ 0.,  0.]])
     """
     X = remove_mean(X, dims)
-    size = norm(X, dims) / _root_of_count(X, dims)
-    return X / torch.where(size < tiny(X), 1, size) * deviation
+    size, _ = _nonzero(norm(X, dims))
+    return X * (deviation * _root_of_count(X, dims) / size)
 
 
 def operator_norm(X: Tensor, order: int | str) -> Tensor:
