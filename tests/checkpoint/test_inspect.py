@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 from tests.checkpoint.cases import CASES, CONTAINERS, Case, ids, save
 from torchkiln import checkpoint
+from torchkiln._core.errors import CheckpointError
 
 
 @pytest.mark.parametrize("suffix", CONTAINERS)
@@ -119,3 +120,49 @@ def test_reports_are_frozen_and_go_through_json(make: Make, model: Path, tmp_pat
 def test_public_names() -> None:
     assert checkpoint.__all__ == sorted(checkpoint.__all__)
     assert all(python_inspect.getdoc(getattr(checkpoint, name)) for name in checkpoint.__all__)
+
+
+def test_modules_say_what_each_tensor_is_made_of(tmp_path: Path) -> None:
+    module = nn.ModuleDict({"a": parametrizations.weight_norm(nn.Linear(3, 4)), "b": nn.LayerNorm(2)})
+    inspection = checkpoint.inspect(save(module.state_dict(), tmp_path / "in.safetensors"))
+    found = {one.name: one for one in inspection.modules}
+    parts = {
+        name: [(part.name, part.made_by, part.shape) for part in one.parts] for name, one in found.items()
+    }
+    assert parts["b"] == [("bias", "plain", (2,)), ("weight", "plain", (2,))]
+    assert parts["a"] == [("bias", "plain", (4,)), ("weight", "torch weight_norm", (4, 3))]
+    assert found["a"].size_bytes == 4 * (4 + 4 + 12)
+    assert sum(one.size_bytes for one in inspection.modules) == sum(
+        tensor.numel() * 4 for tensor in module.state_dict().values()
+    )
+
+
+def test_tied_tensors_are_named(tmp_path: Path) -> None:
+    tied = torch.ones(3)
+    torch.save(
+        {"m": {"a": tied, "b": tied, "c": tied[:2], "d": torch.ones(3), "e": torch.ones(0)}},
+        tmp_path / "in.pt",
+    )
+    assert checkpoint.inspect(tmp_path / "in.pt").tied == (("m.a", "m.b"),)
+
+
+@pytest.mark.parametrize("suffix", CONTAINERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
+def test_values_that_are_not_finite_are_counted(dtype: torch.dtype, suffix: str, tmp_path: Path) -> None:
+    bad = torch.tensor([[1.0, torch.nan], [torch.inf, -torch.inf], [2.0, 3.0]]).to(dtype)
+    state = {"bad": bad, "good": torch.ones(3), "count": torch.ones(3, dtype=torch.int64)}
+    path = save(state, tmp_path / f"in{suffix}")
+    assert not [note for note in checkpoint.inspect(path).notes if note.level == "warning"]
+    (warning,) = (note for note in checkpoint.inspect(path, deep=True).notes if note.level == "warning")
+    assert (warning.name, warning.text) == ("bad", "bad: 1 NaN and 2 infinite of its 6 values")
+
+
+def test_a_directory_is_opened_by_what_is_in_it(tmp_path: Path) -> None:
+    save({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert checkpoint.inspect(tmp_path).tensors == 1
+    save({"a": torch.ones(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"or one \*\.safetensors, found 2 of them"):
+        checkpoint.inspect(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds an adapter, which is nothing without its base"):
+        checkpoint.inspect(tmp_path)

@@ -111,11 +111,11 @@ def torchkiln_command(
 def inspect(
     file: File,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Read the values too: zero rows, lost unit length.")
+        bool, typer.Option("--deep", help="Read the values too: NaN, zero rows, lost unit length, open dims.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Show what is parametrized in FILE, and what to run next.
+    """Show what FILE holds, what is parametrized or suspicious in it, and what to run next.
 
     Exit status: 0 for every readable file, also one with nothing to fold; 1 for a file that cannot be read.
 

@@ -14,7 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from torchkiln._cli._console import in_options, printable
-from torchkiln.checkpoint import Checked, FileReport, Folded, Inspection, Note, Parametrized, Verification
+from torchkiln.checkpoint import (
+    Checked,
+    FileReport,
+    Folded,
+    Inspection,
+    Module,
+    Note,
+    Parametrized,
+    Verification,
+)
 
 __all__ = ["inspection_table", "pattern", "show_file_report", "show_inspection", "show_verification"]
 
@@ -23,8 +32,9 @@ Cells = tuple[str | Text, ...]
 
 _MOST_LINES = 30
 _LONGEST_WHOLE = 40
-_WRAPS = frozenset({"made by", "was", "shape"})
-_RIGHT = frozenset({"count", "abs error", "rel error"})
+_MOST_PARTS = 8
+_WRAPS = frozenset({"made by", "was", "shape", "holds"})
+_RIGHT = frozenset({"count", "abs error", "rel error", "size"})
 
 
 def show_inspection(screen: Console, file: Path, report: Inspection) -> None:
@@ -33,17 +43,23 @@ def show_inspection(screen: Console, file: Path, report: Inspection) -> None:
     tensors = f"{_plural(report.tensors, 'tensor')} ({dtypes})"
     _say(screen, f"{file}: {report.container}, {_bytes(report.size_bytes)}, {tensors}")
     if report.rows:
-        screen.print(inspection_table(report))
+        screen.print(Text("\nparametrized", style="bold"), inspection_table(report), sep="\n")
+    if report.modules:
+        screen.print(Text("\nmodules", style="bold"), _module_table(report), sep="\n")
+        screen.print()
+    _show_tied(screen, report.tied)
     assumed = [(row.name, text) for row in report.rows for text in row.assumptions]
     _show_notes(screen, (*_shared(assumed), *report.notes))
 
 
 def show_file_report(screen: Console, out: Path, report: FileReport) -> None:
     """Print what was written to ``out``."""
-    screen.print(_folded_table(report))
+    if report.rows:
+        screen.print(_folded_table(report))
     said = [(row.name, text) for row in report.rows for text in (*row.assumptions, *row.notes)]
     _show_notes(screen, (*_shared(said), *report.notes))
-    written = f"{_plural(len(report.rows), 'tensor')} rewritten, {report.passed_through} passed through"
+    verbs = ("would be rewritten", "would pass") if report.dry_run else ("rewritten", "passed")
+    written = f"{_plural(len(report.rows), 'tensor')} {verbs[0]}, {report.passed_through} {verbs[1]} through"
     _say(screen, f"{out}: {written}, {_bytes(report.bytes_written)}")
 
 
@@ -70,6 +86,33 @@ def inspection_table(report: Inspection) -> Table:
         return (rows[0].spelling, _shapes([row.shape for row in rows]), rows[0].dtype, dim)
 
     return _table(("made by", "shape", "dtype", "dim"), groups, cells)
+
+
+def _module_table(report: Inspection) -> Table:
+    """Return what every module holds, one line for each group of equal blocks."""
+
+    def shape_of(module: Module) -> tuple[object, ...]:
+        return (
+            pattern(module.name),
+            *((part.name, part.made_by, part.dtype, len(part.shape)) for part in module.parts),
+        )
+
+    def cells(rows: Sequence[Module]) -> Cells:
+        parts = [
+            f"{parts[0].name} {_shapes([part.shape for part in parts])}"
+            + ("" if parts[0].made_by == "plain" else f" ({parts[0].made_by})")
+            for parts in zip(*(row.parts for row in rows), strict=True)
+        ]
+        more = f", and {len(parts) - _MOST_PARTS} more" if len(parts) > _MOST_PARTS else ""
+        return (printable(", ".join(parts[:_MOST_PARTS]) + more), _bytes(sum(row.size_bytes for row in rows)))
+
+    return _table(("holds", "size"), _grouped(report.modules, shape_of), cells, first="module")
+
+
+def _show_tied(screen: Console, tied: Sequence[tuple[str, ...]]) -> None:
+    for alike in _grouped(tied, lambda names: tuple(map(pattern, names))):
+        more = f" (and {len(alike) - 1} more like it)" if len(alike) > 1 else ""
+        _say(screen, f"tied: {' = '.join(alike[0])}{more}")
 
 
 def _folded_table(report: FileReport) -> Table:
@@ -113,7 +156,11 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], object]) -> list[list[Row
 
 
 def _table(
-    headings: Sequence[str], groups: Sequence[Sequence[Row]], cells: Callable[[Sequence[Row]], Cells]
+    headings: Sequence[str],
+    groups: Sequence[Sequence[Row]],
+    cells: Callable[[Sequence[Row]], Cells],
+    *,
+    first: str = "tensor",
 ) -> Table:
     """Return a line for each group: its name, how many tensors it stands for, its cells.
 
@@ -124,7 +171,7 @@ def _table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
     )
     shown = []
-    for heading, column in zip(("tensor", "count", *headings), zip(*lines, strict=True), strict=True):
+    for heading, column in zip((first, "count", *headings), zip(*lines, strict=True), strict=True):
         if not any(column) or (heading == "dtype" and len(set(column)) == 1):
             continue
         shown.append(column[:_MOST_LINES])
@@ -141,7 +188,7 @@ def _table(
 
 
 def _name(rows: Sequence[Any]) -> Text:
-    name = rows[0].name if len(rows) == 1 else pattern(rows[0].name)
+    name = (rows[0].name if len(rows) == 1 else pattern(rows[0].name)) or "(top)"
     return Text(printable(name), style="cyan")
 
 

@@ -9,8 +9,10 @@ from torchkiln.checkpoint._report import (
     FileReport,
     Folded,
     Inspection,
+    Module,
     Note,
     Parametrized,
+    Part,
     Verification,
 )
 from torchkiln.checkpoint._verify import verify
@@ -21,8 +23,10 @@ __all__ = [
     "FileReport",
     "Folded",
     "Inspection",
+    "Module",
     "Note",
     "Parametrized",
+    "Part",
     "Verification",
     "bake",
     "convert",

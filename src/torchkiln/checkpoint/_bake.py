@@ -134,7 +134,7 @@ def bake(
         notes = [*scanned.notes, *merging.notes, *_left(left), *folding.warnings(chosen), *writing.warnings]
         notes += [*casting.notes(changes), *plan_notes(file, plan, dry_run=dry_run)]
         kept = len(file.entries) - sum(len(found.keys) for found in chosen) - len(writing.rows)
-    return FileReport(str(source), str(target), rows, kept, tuple(notes), size)
+    return FileReport(str(source), str(target), rows, kept, tuple(notes), size, dry_run)
 
 
 def _nothing(source: object, left: Sequence[Found]) -> str:

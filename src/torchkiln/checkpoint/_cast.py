@@ -12,8 +12,8 @@ from torchkiln._core.errors import CheckpointError
 from torchkiln.checkpoint._check import overflows
 from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Kept, Made
 from torchkiln.checkpoint._report import Note
-from torchkiln.checkpoint._rows import rows_of
 from torchkiln.checkpoint._select import Renaming
+from torchkiln.checkpoint._values import blocks_of
 
 __all__ = ["DTYPES", "Casting"]
 
@@ -80,7 +80,7 @@ class Casting:
 
     def _blocks(self, group: Group, key: str, dtype: torch.dtype) -> Iterator[Tensor]:
         fits = True
-        for source in self._sources(group, key):
+        for source in blocks_of(self.file, group, key):
             value = source.to(dtype).contiguous()
             fits = fits and not overflows(value, source)
             yield value
@@ -88,11 +88,3 @@ class Casting:
             name = group.full_name(key)
             text = f"{name}: has values beyond the range of {str(dtype).removeprefix('torch.')}, which become infinite"
             self.warnings.append(Note("warning", name, text))
-
-    def _sources(self, group: Group, key: str) -> Iterator[Tensor]:
-        extent, entry = self.file.extent(group, key), group.entries[key]
-        if extent is None or not entry.shape or 0 in entry.shape:
-            yield self.file.read(group, key).detach()
-        else:
-            for (rows,) in rows_of([(extent, entry)]):
-                yield rows

@@ -124,7 +124,7 @@ def convert(
         size = layout.write(plan)
         notes = (*scanned.notes, *_kept(scanned, to), *plan_notes(file, plan, dry_run=dry_run))
         kept = len(file.entries) - sum(len(job.keys) for job in jobs)
-    return FileReport(str(source), str(target), tuple(job.row() for job in jobs), kept, notes, size)
+    return FileReport(str(source), str(target), tuple(job.row() for job in jobs), kept, notes, size, dry_run)
 
 
 def _refuse_norms(to: str | None, norms: Mapping[Norm, Patterns]) -> None:

@@ -69,4 +69,4 @@ def copied(
         size = layout.write(plan)
         remarks = [Note("info", "", remark) for remark in file.remarks]
         notes = (*remarks, *casting.notes(changes), *plan_notes(file, plan, dry_run=layout.dry_run))
-        return FileReport(str(source), str(target), (), len(file.entries), notes, size)
+        return FileReport(str(source), str(target), (), len(file.entries), notes, size, layout.dry_run)

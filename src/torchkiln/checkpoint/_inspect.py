@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 from torchkiln._core.errors import CheckpointError
 from torchkiln._core.spellings.options import Options
+from torchkiln.checkpoint._modules import modules_of, tied_in
 from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import Inspection, Note, Parametrized
 from torchkiln.checkpoint._scan import Found, known_dim, scan
+from torchkiln.checkpoint._values import not_finite
 
 __all__ = ["inspect"]
 
@@ -19,12 +21,13 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> Inspection:
     """Say what a checkpoint file holds, without the model's code.
 
     Args:
-        path: A safetensors file or a file written by ``torch.save``.
-        deep: Read and compute the parametrized tensors too: decides dims that the values tell, and reports rows of
-            zeros, vectors that should have unit length, and values that are not finite.
+        path: As for :func:`torchkiln.checkpoint.bake`.
+        deep: Read every tensor and compute the parametrized ones too: decides dims that the values tell, and reports
+            rows of zeros, vectors that should have unit length, and how many values are not finite.
 
     Returns:
-        A row for each parametrized tensor, and notes on what cannot be baked or looks like a part of one.
+        A row for each parametrized tensor, what there is of each module, which tensors are tied, and notes on what
+        cannot be baked or looks like a part of a parametrization.
 
     Raises:
         CheckpointError: The file is missing, damaged, no checkpoint, or needs code to load.
@@ -46,6 +49,8 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> Inspection:
             found.forget()
             rows.append(row)
             notes += said
+        if deep:
+            notes += not_finite(file)
         if not rows:
             notes.append(Note("info", "", "every tensor is plain: there is nothing to fold"))
         return Inspection(
@@ -57,6 +62,8 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> Inspection:
             dtypes=dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in file.entries)),
             rows=tuple(rows),
             notes=tuple(notes),
+            modules=modules_of(scanned),
+            tied=tied_in(file),
         )
 
 

@@ -22,7 +22,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[CheckpointFile]:
 
     Args:
         path: A safetensors file, the index of its shards, a file written by ``torch.save``, a directory of
-            ``torch.distributed.checkpoint``, or a directory with one index in it.
+            ``torch.distributed.checkpoint``, or a directory with one index or one safetensors file in it.
 
     Returns:
         A context manager giving the :class:`CheckpointFile`.
@@ -45,7 +45,7 @@ def _open(path: Path) -> CheckpointFile:
     if path.is_dir():
         if (path / ".metadata").is_file():
             return open_dcp(path)
-        return open_index(_index_in(path))
+        path = _inside(path)
     if path.name == ".metadata":
         return open_dcp(path.parent)
     with closing(InputFile(path)) as file:
@@ -56,13 +56,21 @@ def _open(path: Path) -> CheckpointFile:
     return open_safetensors(path) if container == "safetensors" else open_torch(path, container=container)
 
 
-def _index_in(path: Path) -> Path:
-    found = sorted(name for name in os.listdir(path) if name.endswith(_INDEX))
+def _inside(path: Path) -> Path:
+    """Return the file of a directory that is meant: the only index, or else the only safetensors file."""
+    names = sorted(os.listdir(path))
+    if "adapter_config.json" in names:
+        raise CheckpointError(
+            f"{path}: holds an adapter, which is nothing without its base.\n"
+            "Bake the base, and pass this directory as an adapter."
+        )
+    found = [name for name in names if name.endswith(_INDEX)]
+    found = found or [name for name in names if name.endswith(".safetensors")]
     if len(found) != 1:
         what = f"{len(found)} of them" if found else "none"
         raise CheckpointError(
-            f"{path}: got a directory without .metadata; expected one *{_INDEX} in it, found {what}.\n"
-            "Name a file inside it."
+            f"{path}: got a directory without .metadata; expected one *{_INDEX} in it, or one *.safetensors, found "
+            f"{what}.\nName a file inside it."
         )
     return path / found[0]
 

@@ -7,7 +7,17 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-__all__ = ["Checked", "FileReport", "Folded", "Inspection", "Note", "Parametrized", "Verification"]
+__all__ = [
+    "Checked",
+    "FileReport",
+    "Folded",
+    "Inspection",
+    "Module",
+    "Note",
+    "Parametrized",
+    "Part",
+    "Verification",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +73,52 @@ class Parametrized:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """A tensor of a module, as the model sees it.
+
+    Attributes:
+        name: Its name in the module.
+        made_by: How the file spells it, ``"plain"`` if it is not parametrized.
+        shape: Its shape.
+        dtype: Its dtype.
+    """
+
+    name: str
+    made_by: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """What a file holds of one module.
+
+    Attributes:
+        name: Its path, with the names of the mappings around it; empty for the model itself.
+        parts: Its tensors.
+        size_bytes: What they take in the file, originals and state instead of what is computed from them.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    size_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspection(_Report):
     """What :func:`inspect` found.
 
     Attributes:
         path: The file.
-        container: ``"safetensors"``, ``"torch zip"`` or ``"torch legacy"``.
+        container: ``"safetensors"``, ``"sharded safetensors"``, ``"torch zip"``, ``"torch legacy"`` or ``"dcp"``.
         size_bytes: Its size.
         metadata: The text that safetensors files carry.
         tensors: How many tensors it holds.
         dtypes: How many of each dtype.
         rows: The parametrized ones.
         notes: What else to know.
+        modules: What there is of each module.
+        tied: Names of tensors that are one tensor, a tuple for each.
     """
 
     path: str
@@ -85,6 +129,8 @@ class Inspection(_Report):
     dtypes: dict[str, int]
     rows: tuple[Parametrized, ...]
     notes: tuple[Note, ...] = ()
+    modules: tuple[Module, ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
@@ -134,6 +180,7 @@ class FileReport(_Report):
         passed_through: How many tensors were written as they were.
         notes: What else to know; level ``"warning"`` means wrong values.
         bytes_written: The size of the new file.
+        dry_run: Whether nothing was written, and the rest is what would be.
     """
 
     source: str
@@ -142,6 +189,7 @@ class FileReport(_Report):
     passed_through: int
     notes: tuple[Note, ...]
     bytes_written: int
+    dry_run: bool = False
 
     def __str__(self) -> str:
         head = (
