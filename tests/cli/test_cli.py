@@ -13,65 +13,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import pytest
 import torch
 from torch import nn
 
+from tests.cli.conftest import Run, Terminal
 from torchkiln import checkpoint, parametrizations
 from torchkiln._cli import main
 
 ESCAPE = "\x1b"
 COMMANDS = ("inspect", "bake", "convert", "verify", "demo")
-
-
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-Terminal = Callable[[str], Callable[[], str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command line in the temporary folder, where every file of these tests lies."""
-    monkeypatch.chdir(tmp_path)
-    for variable in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(variable, raising=False)
-
-    def run_here(*words: object) -> Result:
-        capsys.readouterr()
-        status = main([str(word) for word in words])
-        return Result(status, *capsys.readouterr())
-
-    return run_here
-
-
-@pytest.fixture
-def blocks(tmp_path: Path) -> Path:
-    """A file of twelve equal weight-normed blocks, a wider one, and one plain layer."""
-    torch.manual_seed(0)
-    model = nn.ModuleDict(
-        {
-            "blocks": nn.ModuleList(parametrizations.weight_norm(nn.Linear(4, 3)) for _ in range(12)),
-            "last": parametrizations.weight_norm(nn.Conv1d(3, 5, 2)),
-            "plain": nn.Linear(2, 2),
-        }
-    )
-    path = tmp_path / "blocks.pt"
-    torch.save(model.state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> Path:
-    path = tmp_path / "plain.pt"
-    torch.save(nn.Linear(4, 3).state_dict(), path)
-    return path
 
 
 def _weight_normed(path: Path, name: str) -> Path:
@@ -232,78 +185,6 @@ def test_verify_says_no_where_two_files_differ(run: Run, blocks: Path, tmp_path:
     result = run("verify", blocks, "changed.pt")
     assert (result.status, result.err) == (1, "")
     assert re.search(r"blocks\.7\.weight .*DIFFERS", result.out)
-
-
-def test_bake_takes_every_option_of_the_copy(run: Run, blocks: Path, tmp_path: Path) -> None:
-    words = [
-        "--include",
-        "blocks.*",
-        "--exclude",
-        "blocks.3.*",
-        "--rename",
-        "blocks.=layers.",
-        "--dtype",
-        "bfloat16",
-    ]
-    assert run("bake", blocks, "-o", "out.safetensors", *words, "--no-verify").status == 0
-    report = checkpoint.inspect(tmp_path / "out.safetensors")
-    assert {row.name for row in report.rows} == {"layers.3.weight", "last.weight"}
-    assert report.dtypes == {"bfloat16": 30}
-
-
-def test_shards_and_distributed_checkpoints_are_written(run: Run, blocks: Path, tmp_path: Path) -> None:
-    assert run("bake", blocks, "-o", "shards", "--max-shard-size", "0.1kB").status == 0
-    assert run("convert", "shards", "-o", "dcp", "--format", "dcp").status == 0
-    assert run("convert", "dcp", "-o", "again.pt").status == 0
-    assert run("verify", blocks, "again.pt").status == 0
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
-
-
-def test_a_dry_run_says_what_it_would_do(run: Run, blocks: Path, tmp_path: Path) -> None:
-    result = run("bake", blocks, "-o", "out.pt", "--dry-run")
-    assert (result.status, result.err) == (0, "")
-    assert "13 tensors would be rewritten" in result.out
-    assert re.search(
-        r"dry run: nothing was written\. [\d,]+ bytes of torch would be: .* at most \d+ MB", result.out
-    )
-    assert not (tmp_path / "out.pt").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["bake", "blocks.pt", "-o", "o.pt", "--rename", "nothing"], "expected OLD=NEW, got 'nothing'"),
-        (
-            ["bake", "blocks.pt", "-o", "o", "--max-shard-size", "huge"],
-            "expected a size such as 5GB, got 'huge'",
-        ),
-        (["bake", "blocks.pt", "-o", "o.pt", "--dtype", "int8"], "'int8' is not one of"),
-        (
-            ["bake", "blocks.pt", "-o", "o.pt", "--include", "c.*"],
-            '--include: "c.*" matches no',
-        ),
-        (["bake", "blocks.pt", "-o", "o.pt", "--rename", "x=y"], "--rename: no tensor of"),
-        (
-            ["convert", "blocks.pt", "-o", "o.pt", "--weight-norm", "*"],
-            "--weight-norm: needs --to torch or --to",
-        ),
-    ],
-)
-def test_options_that_make_no_sense_are_named_as_they_are_typed(
-    run: Run, blocks: Path, words: list[str], said: str
-) -> None:
-    result = run(*words)
-    assert (result.status in (1, 2), result.out) == (True, "")
-    assert said in result.err
-
-
-def test_inspect_shows_modules_and_ties(run: Run, tmp_path: Path) -> None:
-    shared = torch.ones(4)
-    layers = {f"layers.{i}.{name}": torch.ones(i + 1, 4) for i in range(3) for name in ("weight", "scale")}
-    torch.save({**layers, "head.a": shared, "head.b": shared}, tmp_path / "net.pt")
-    out = run("inspect", "net.pt").out
-    assert re.search(r"^layers\.\* +x 3 +weight 1-3 x 4, scale 1-3 x 4 +192 bytes", out, flags=re.MULTILINE)
-    assert "tied: head.a = head.b" in out
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------
