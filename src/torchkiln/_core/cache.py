@@ -85,12 +85,13 @@ class Scope(dict[Key, Tensor]):
 
     def value(self, key: Key, chain: nn.Module) -> Tensor:
         """Return the usable entry of ``key``, else ``chain()``, remembered."""
-        known = self.get(key)
-        if known is not None:
-            proof = self.proofs.get(key)
-            # Without a proof of its own the value was put in by outside code, and is used as it is.
-            if proof is None or proof.value is not known or proof.holds(chain):
-                return known
+        proof, known = self.proofs.get(key), self.get(key)
+        # A value without a proof of its own was put in by outside code, and is used as it is.
+        if known is not None and (proof is None or proof.value is not known or proof.holds(chain)):
+            return known
+        return self._evaluated(key, chain)
+
+    def _evaluated(self, key: Key, chain: nn.Module) -> Tensor:
         frame, self.frame = self.frame, None
         try:
             value = _evaluate(chain)
@@ -289,17 +290,18 @@ def evaluate_once(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _scope_for(module: nn.Module) -> Scope | None:
     """Return the outermost scope that keeps ``module``'s tensors and may be used here."""
-    frame = _frame()
+    scope, found = _scope.get(), None
+    if scope is None and not _process_scope.is_open:
+        return None
+    frame, key = _frame(), id(module)
     # FSDP frees a parameter after the forward, and fills it anew for the next one, which no version counter shows.
     may_outlive_forward = "_is_fsdp_managed_module" not in module.__dict__
     if _process_scope.is_open and may_outlive_forward and _process_scope.serves(frame):
         return _process_scope
-    found = None
-    scope = _scope.get()
     while scope is not None:
         if (
-            scope.frame == frame
-            and (scope.members is None or id(module) in scope.members)
+            (scope.members is None or key in scope.members)
+            and scope.frame == frame
             and (may_outlive_forward or scope.is_forward)
         ):
             found = scope

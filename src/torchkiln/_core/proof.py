@@ -78,19 +78,16 @@ class _ModuleState(NamedTuple):
     """What a module had, besides tensors."""
 
     attributes: Attributes
+    size: int
     pick: Callable[[Attributes], tuple[Any, ...]]
     picked: tuple[Any, ...]
-    parameters: Attributes
-    buffers: Attributes
-    modules: Attributes
-    size: int
-    children: tuple[Any, ...]
 
 
 # What is gone, or says so when it is compared, has changed.
 _INCOMPARABLE = (KeyError, RuntimeError, TypeError, ValueError)
-# What every module has; hooks and the like, which are not compared.
-_BOOKKEEPING = frozenset(nn.Module().__dict__)
+# What every module has, hooks and the like, and what a chain has beside that no value depends on.
+_BOOKKEEPING = {*vars(nn.Module()), "__module__", "followers", "unsafe", "_step_names"}
+_PLACES = ("_parameters", "_buffers", "_modules")
 
 
 class Proof:
@@ -100,10 +97,7 @@ class Proof:
     costs, and is therefore one flat function.
     """
 
-    __slots__ = (
-        *("chain", "device_types", "graph", "modes", "modules"),
-        *("step", "tensors", "vacant", "value", "version"),
-    )
+    __slots__ = ("casts", "chain", "grad", "graph", "kinds", "modules", "step", "tensors", "value", "version")
 
     def __init__(
         self, value: Tensor, chain: nn.Module, forget: Callable[[weakref.ref[nn.Module]], None]
@@ -115,30 +109,23 @@ class Proof:
         self.step = _optimizer_steps.last
         self.tensors: list[_TensorState] = []
         self.modules: list[_ModuleState] = []
-        self.vacant: list[tuple[Attributes, str]] = []  # parameters and buffers that are None
         for module in chain.modules():
             self._collect(module.__dict__)
-        self.device_types = {value.device.type, *(state.tensor.device.type for state in self.tensors)}
-        self.modes = _modes(self.device_types)
+        self.kinds = {value.device.type, *(state.tensor.device.type for state in self.tensors)}
+        self.grad = _grad_enabled()
+        self.casts = _casts(self.kinds) if _autocast_enabled() else None
 
     def _collect(self, attributes: Attributes) -> None:
-        parameters, buffers, modules = (attributes[name] for name in ("_parameters", "_buffers", "_modules"))
-        for place in (parameters, buffers, attributes):
+        for place in (attributes["_parameters"], attributes["_buffers"], attributes):
             self.tensors += [
                 _tensor_state(place, name, tensor)
                 for name, tensor in place.items()
                 if isinstance(tensor, Tensor)
             ]
-            if place is not attributes:
-                self.vacant += [(place, name) for name, tensor in place.items() if tensor is None]
-        pick = itemgetter(
-            "training", "_parameters", *(name for name in attributes if name not in _BOOKKEEPING)
-        )
-        size = len(attributes) + len(parameters) + len(buffers) + len(modules)
-        places = (parameters, buffers, modules)
-        self.modules.append(
-            _ModuleState(attributes, pick, pick(attributes), *places, size, tuple(modules.values()))
-        )
+        pick = itemgetter("training", *_PLACES, *(name for name in attributes if name not in _BOOKKEEPING))
+        # Of the dicts, copies: what is added, exchanged or gone makes them differ.
+        held = {name: attributes[name].copy() for name in _PLACES}
+        self.modules.append(_ModuleState(attributes, len(attributes), pick, pick({**attributes, **held})))
 
     def holds(self, chain: nn.Module) -> bool:
         if (
@@ -146,7 +133,8 @@ class Proof:
             or self.graph.spent
             or self.value._version != self.version
             or self.step is not _optimizer_steps.last
-            or self.modes != _modes(self.device_types)
+            or self.grad is not _grad_enabled()
+            or self.casts != (_casts(self.kinds) if _autocast_enabled() else None)
         ):
             return False
         try:
@@ -159,15 +147,8 @@ class Proof:
                     or not tensor.is_set_to(memory)
                 ):
                     return False
-            for attributes, pick, picked, parameters, buffers, modules, size, children in self.modules:
-                if (
-                    len(attributes) + len(parameters) + len(buffers) + len(modules) != size
-                    or pick(attributes) != picked
-                    or (modules and tuple(modules.values()) != children)
-                ):
-                    return False
-            for place, name in self.vacant:
-                if place.get(name, self) is not None:
+            for attributes, size, pick, picked in self.modules:
+                if len(attributes) != size or pick(attributes) != picked:
                     return False
         except _INCOMPARABLE:
             return False
@@ -181,10 +162,7 @@ def _tensor_state(place: Attributes, name: str, tensor: Tensor) -> _TensorState:
     return _TensorState(place, name, tensor, tensor._version, tensor.requires_grad, tensor.dtype, memory)
 
 
-def _modes(device_types: set[str]) -> tuple[Any, ...] | bool:
-    """Return the modes that decide what a computation returns: whether it makes a graph, and in which dtype."""
-    if not _autocast_enabled():
-        return _grad_enabled()
-    kinds = [kind for kind in device_types if torch.amp.is_autocast_available(kind)]
-    casts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
-    return (_grad_enabled(), casts)
+def _casts(kinds: set[str]) -> list[Any]:
+    """Return in which dtypes autocast lets operations on these kinds of devices run."""
+    kinds = {kind for kind in kinds if torch.amp.is_autocast_available(kind)}
+    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]

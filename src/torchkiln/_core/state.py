@@ -114,8 +114,11 @@ class AdvancingStep(nn.Module):
             return tuple(buffer.clone() for buffer in buffers)
 
 
-def _marks(buffers: State) -> list[tuple[int, int]]:
-    return [(id(buffer), 0 if buffer.is_inference() else buffer._version) for buffer in buffers]
+def _marks(buffers: State) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple([(id(buffer), buffer._version) for buffer in buffers])
+    except RuntimeError:  # made in inference mode, where writes are not counted
+        return tuple([(id(buffer), 0) for buffer in buffers])
 
 
 def advances_state(step: nn.Module) -> bool:
