@@ -114,11 +114,11 @@ class AdvancingStep(nn.Module):
             return tuple(buffer.clone() for buffer in buffers)
 
 
-def _marks(buffers: State) -> tuple[tuple[int, int], ...]:
+def _marks(buffers: State) -> list[tuple[int, int]]:
     try:
-        return tuple([(id(buffer), buffer._version) for buffer in buffers])
+        return [(id(buffer), buffer._version) for buffer in buffers]
     except RuntimeError:  # made in inference mode, where writes are not counted
-        return tuple([(id(buffer), 0) for buffer in buffers])
+        return [(id(buffer), 0) for buffer in buffers]
 
 
 def advances_state(step: nn.Module) -> bool:
