@@ -26,6 +26,17 @@ class Tagged(nn.Parameter):
     """A parameter class, as engines for sharded training have them."""
 
 
+class Recast(nn.Parameter):
+    """A parameter class with a ``detach()`` that gives another one."""
+
+    def detach(self) -> Tensor:
+        return Tensor.detach(self).as_subclass(Cast)
+
+
+class Cast(Tensor):
+    """What is left of a ``Recast``."""
+
+
 class Copies(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
@@ -34,18 +45,31 @@ class Copies(nn.Module):
         return X * 0.5, X * 0.5
 
 
+class Keeps(nn.Module):
+    """Its inverse returns the weight itself."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def right_inverse(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        return X, torch.zeros_like(X)
+
+
 @pytest.mark.parametrize("swap", [True, False])
-@pytest.mark.parametrize("step", [nn.Identity, Turned, Copies])
-def test_attributes_and_the_class_go_there_and_back(step: type[nn.Module], swap: bool) -> None:
+@pytest.mark.parametrize("step", [nn.Identity, Turned, Copies, Keeps])
+@pytest.mark.parametrize("kind", [Tagged, Recast])
+def test_attributes_and_the_class_go_there_and_back(
+    kind: type[nn.Parameter], step: type[nn.Module], swap: bool
+) -> None:
     layer = nn.Linear(4, 3)
-    layer.weight = Tagged(layer.weight.detach())
+    layer.weight = kind(layer.weight.detach())
     layer.weight._no_weight_decay = True
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
         parametrize.register_parametrization(layer, "weight", step())
         originals = list(layer.parametrizations.weight.parameters())
-        assert [(type(p), vars(p)) for p in originals] == [(Tagged, {"_no_weight_decay": True})] * len(
+        assert [(type(p), vars(p)) for p in originals] == [(kind, {"_no_weight_decay": True})] * len(
             originals
         )
         originals[-1].partition_dim = 1
@@ -53,7 +77,7 @@ def test_attributes_and_the_class_go_there_and_back(step: type[nn.Module], swap:
         parametrize.remove_parametrizations(layer, "weight")
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
-    assert type(layer.weight) is Tagged
+    assert type(layer.weight) is kind
     assert vars(layer.weight) == {"_no_weight_decay": True, "partition_dim": 1}
 
 

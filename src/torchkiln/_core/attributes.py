@@ -17,11 +17,12 @@ def parameter_like(data: Tensor, sources: Sequence[Tensor], *, requires_grad: bo
     Attributes are what optimizers and engines note on a parameter (``_no_weight_decay``, a sharding dimension).
     Tensors that wrap others hold those in their attributes, so theirs stay where they are.
     """
-    parameter = nn.Parameter(data.detach(), requires_grad)
+    data = Tensor.detach(data)  # not a subclass's own, which may be of another class
+    parameter = nn.Parameter(data, requires_grad)
     kinds = [type(source) for source in sources if issubclass(type(source), nn.Parameter)]
     if kinds and kinds[-1] is not nn.Parameter and type(parameter) is nn.Parameter:
         # As in a deep copy, the class's own constructor is not asked: it may want more than data.
-        parameter = cast(nn.Parameter, Tensor._make_subclass(kinds[-1], data.detach(), requires_grad))
+        parameter = cast(nn.Parameter, Tensor._make_subclass(kinds[-1], data, requires_grad))
     for source in sources:
         vars(parameter).update(_attributes(source))
     return parameter
