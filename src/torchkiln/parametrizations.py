@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torchkiln._core.engine import prepare
 from torchkiln._core.errors import ParametrizationError, describe
+from torchkiln._core.optimizers import Optimizers
 from torchkiln._core.request import check_lazy, no_tensor
 from torchkiln._core.sharded import shard_of, share
 from torchkiln._core.state import AdvancingStep
@@ -124,6 +125,8 @@ def orthogonal(
     orthogonal_map: str | None = None,
     *,
     use_trivialization: bool = True,
+    optimizer: Optimizers = None,
+    tied_in: nn.Module | None = None,
 ) -> ModuleT:
     r"""Keep a matrix, or a batch of matrices, orthogonal (unitary where it is complex).
 
@@ -148,6 +151,9 @@ def orthogonal(
         orthogonal_map: ``"matrix_exp"``, ``"cayley"`` or ``"householder"``; by default ``"matrix_exp"`` for square and
             complex matrices, else ``"householder"``, which costs less the thinner the matrix is.
         use_trivialization: whether to keep the base :math:`B`.
+        optimizer: the optimizer, or optimizers, that train the tensor; see
+            :func:`~torchkiln.parametrize.register_parametrization`, as for ``tied_in``. torch has neither.
+        tied_in: the model whose other modules with the same parameter are parametrized as well.
 
     Shape:
         ``(*, m, n)``, with any batch dimensions in front.
@@ -192,7 +198,7 @@ def orthogonal(
             f'orthogonal_map has to be one of "matrix_exp", "cayley", "householder". Got: {orthogonal_map}'
         )
     step = _Orthogonal(weight, chosen, use_trivialization=use_trivialization)
-    register_parametrization(module, name, step, unsafe=True)
+    register_parametrization(module, name, step, unsafe=True, optimizer=optimizer, tied_in=tied_in)
     return module
 
 
@@ -215,7 +221,14 @@ class _WeightNorm(nn.Module):
         return norms.norm_except(weight, self.dim), weight
 
 
-def weight_norm(module: ModuleT, name: str = "weight", dim: int | None = 0) -> ModuleT:
+def weight_norm(
+    module: ModuleT,
+    name: str = "weight",
+    dim: int | None = 0,
+    *,
+    optimizer: Optimizers = None,
+    tied_in: nn.Module | None = None,
+) -> ModuleT:
     r"""Train a tensor's length and direction apart.
 
     .. math::
@@ -230,6 +243,9 @@ def weight_norm(module: ModuleT, name: str = "weight", dim: int | None = 0) -> M
         name: the tensor's name.
         dim: the dimension that keeps a length for each index. ``None`` gives one length for the whole tensor, and so
             does -1, as in torch.
+        optimizer: the optimizer, or optimizers, that train the tensor; see
+            :func:`~torchkiln.parametrize.register_parametrization`, as for ``tied_in``. torch has neither.
+        tied_in: the model whose other modules with the same parameter are parametrized as well.
 
     Shape:
         ``original0`` has the tensor's number of dimensions, all 1 but ``dim`` (no dimensions for ``dim=None``);
@@ -252,7 +268,9 @@ def weight_norm(module: ModuleT, name: str = "weight", dim: int | None = 0) -> M
     References:
         Salimans and Kingma, "Weight Normalization", arXiv:1602.07868.
     """
-    register_parametrization(module, name, _WeightNorm(dim), unsafe=True)
+    register_parametrization(
+        module, name, _WeightNorm(dim), unsafe=True, optimizer=optimizer, tied_in=tied_in
+    )
     return module
 
 
@@ -314,6 +332,9 @@ def spectral_norm(
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     dim: int | None = None,
+    *,
+    optimizer: Optimizers = None,
+    tied_in: nn.Module | None = None,
 ) -> ModuleT:
     r"""Divide a tensor by its spectral norm, the largest factor by which its matrix stretches a vector.
 
@@ -333,6 +354,9 @@ def spectral_norm(
         n_power_iterations: power iterations for each read in training mode.
         eps: smallest norm that is divided by within the power iteration.
         dim: the dimension of the outputs: 0, and 1 for transposed convolutions.
+        optimizer: the optimizer, or optimizers, that train the tensor; see
+            :func:`~torchkiln.parametrize.register_parametrization`, as for ``tied_in``. torch has neither.
+        tied_in: the model whose other modules with the same parameter are parametrized as well.
 
     Shape:
         Any but a scalar; ``_u`` has the length of ``dim`` and ``_v`` the product of the others.
@@ -356,5 +380,6 @@ def spectral_norm(
     if dim is None:
         transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
         dim = 1 if isinstance(module, transposed) else 0
-    register_parametrization(module, name, _SpectralNorm(weight, n_power_iterations, dim, eps))
+    step = _SpectralNorm(weight, n_power_iterations, dim, eps)
+    register_parametrization(module, name, step, optimizer=optimizer, tied_in=tied_in)
     return module

@@ -64,6 +64,16 @@ def test_06_what_a_removal_makes_is_trained(impl: Impl, kind: str) -> None:
     assert not torch.equal(layer.weight, before)
 
 
+@row(6, "tutorials 2824", torch=DEAD)
+def test_06_what_a_built_in_makes_is_trained(impl: Impl) -> None:
+    layer = nn.Linear(4, 3)
+    optimizer = OPTIMIZERS["momentum"](layer.parameters())
+    train(layer, optimizer)
+    impl.N.weight_norm(layer, **following(impl, optimizer))
+    held = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert held == {id(p) for p in layer.parameters()}
+
+
 @each_optimizer
 @row(6, "tutorials 2824", torch=DEAD)
 def test_06_moments_are_carried(impl: Impl, kind: str) -> None:

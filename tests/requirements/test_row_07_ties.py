@@ -94,6 +94,16 @@ def test_07_both_can_be_parametrized_and_stay_tied(impl: Impl) -> None:
     assert len(list(model.parameters())) == 2
 
 
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
+@row(7, "reproduced on torch 2.13", torch="knows no other holder", raises=TypeError)
+def test_07_a_built_in_on_both(impl: Impl, norm: str) -> None:
+    model = Language()
+    getattr(impl.N, norm)(model.head, tied_in=model)
+    step(model)
+    assert model.is_tied()
+    assert impl.P.is_parametrized(model.embedding, "weight")
+
+
 @row(7, "reproduced on torch 2.13", torch="the original that the other holds is overwritten")
 @pytest.mark.filterwarnings("ignore:.* gets a parameter of its own")
 def test_07_removal_on_one_does_not_change_the_other(impl: Impl) -> None:

@@ -11,32 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import torchkiln
+from core.stacks import Scale, Shift
 
 from .table import Impl, row
-
-
-class Scale(nn.Module):
-    """A step with state."""
-
-    factor: Tensor
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.register_buffer("factor", torch.tensor(factor))
-
-    def forward(self, X: Tensor) -> Tensor:
-        return X * self.factor
-
-
-class Shift(nn.Module):
-    """A step with a parameter."""
-
-    def __init__(self, by: float) -> None:
-        super().__init__()
-        self.by = nn.Parameter(torch.tensor(by))
-
-    def forward(self, X: Tensor) -> Tensor:
-        return X + self.by
 
 
 class Abs(nn.Module):
