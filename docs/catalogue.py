@@ -103,6 +103,7 @@ def _entry(family: type[Parametrization], skipped: list[str]) -> str:
     text = re.sub(r"\.\. math::[ \n]*((?:.+\n?)+)", lambda found: f"$$\n{_joined(found[1])}\n$$\n", text)
     text = re.sub(r":math:`([^`]+)`", lambda found: f"${_joined(found[1])}$", text)
     text = re.sub(r":class:`~?(?:[\w.]*\.)?(\w+)`", r"[`\1`](#\1)", text).replace("``", "`")
+    text = re.sub(r":(?:func|meth|mod):(`[^`]+`)", r"\1", text)
     text = re.sub(r"\nExample:\n.*?(?=\n\S|\Z)", "", text, flags=re.S)
     text = re.sub(r"^(Numerics|References|Args):\n((?:[ ]{4}.*\n?|\n)+)", _section, text, flags=re.M)
     laws = f"*Laws.* All but {' and '.join(skipped)}." if skipped else "*Laws.* All."

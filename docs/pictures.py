@@ -117,6 +117,10 @@ FIGURES: dict[str, list[Draw]] = {
         *_each(cloud, [f.L1Ball(), f.L2Ball(), f.LInfBall()]),
         lambda axes: heatmap(axes, f.DoublyStochastic(), (3 * normal(8, 8)).exp()),
     ],
+    "norm": [
+        *_each(cloud, [f.WeightNorm(gain=1.0)]),
+        *_each(singular_values, [f.SpectralNorm(), f.SpectralNorm(4.0, cap=True)], normal(12, 12)),
+    ],
     "scale": [
         *_each(cloud, [f.UnitNorm(), f.MaxNorm(1.0), f.ZeroSum()]),
         *heatmaps([f.Centered(), f.WeightStandardization()], normal(6, 8) + 1.5 * normal(6, 1)),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +10,7 @@ from torchkiln import Parametrization as Base
 from torchkiln import ParametrizationError
 from torchkiln.families import Positive, Symmetric
 from torchkiln.testing import check
+from torchkiln.testing.__main__ import main
 from torchkiln.testing._catalogue import rows
 from torchkiln.testing._laws import LAWS
 from torchkiln.testing._report import Report, Result, matrix
@@ -206,22 +204,27 @@ def test_the_matrix_shows_failures_below_the_table() -> None:
     ]
 
 
-def test_the_command_prints_families_and_laws() -> None:
-    command = [sys.executable, "-m", "torchkiln.testing", "Symmetric", "Positive"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
+def test_the_command_prints_families_and_laws(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["Symmetric", "Positive"]) == 0
+    said = capsys.readouterr().out
+    lines = said.splitlines()
     stairs, table = lines[: len(LAWS)], lines[len(LAWS) :]
     assert [line.split()[-1] for line in stairs] == list(LAWS)
     assert [line.split("(")[0] for line in table[:4]] == ["Positive"] * 3 + ["Symmetric"]
-    assert "X broken: 0" in done.stdout
+    assert "X broken: 0" in said
+
+
+def test_the_command_refuses_what_is_no_family(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["Nonsense"])
+    assert "no family is called Nonsense" in capsys.readouterr().err
+
+
+def test_the_matrix_of_the_whole_catalogue_fits_a_terminal() -> None:
+    results = tuple(Result(law, "passed") for law in LAWS)
+    lines = matrix(Report(row.label, results) for row in rows()).splitlines()
+    assert len(lines) == len(LAWS) + len(list(rows())) + 2
     assert max(map(len, lines)) <= 80
-
-
-def test_the_command_refuses_what_is_no_family() -> None:
-    command = [sys.executable, "-m", "torchkiln.testing", "Nonsense"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "no family is called Nonsense" in done.stderr
 
 
 def test_rows_are_made_anew_for_each_caller() -> None:
