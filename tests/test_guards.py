@@ -195,6 +195,8 @@ PUBLIC: dict[str, list[str]] = {
         "bake",
         "convert",
         "inspect",
+        "load",
+        "save",
         "verify",
     ],
     "torchkiln.demo": ["DemoReport", "run_demo"],

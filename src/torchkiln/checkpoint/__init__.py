@@ -15,6 +15,7 @@ from torchkiln.checkpoint._report import (
     Part,
     Verification,
 )
+from torchkiln.checkpoint._save import load, save
 from torchkiln.checkpoint._verify import verify
 
 __all__ = [
@@ -31,5 +32,7 @@ __all__ = [
     "bake",
     "convert",
     "inspect",
+    "load",
+    "save",
     "verify",
 ]

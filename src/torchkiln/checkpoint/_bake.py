@@ -21,6 +21,7 @@ from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import FileReport, Note
 from torchkiln.checkpoint._scan import Found, Scan, refuse_blocked, scan
 from torchkiln.checkpoint._select import Renaming, picked
+from torchkiln.checkpoint._specs import Also
 from torchkiln.checkpoint._team import Team
 from torchkiln.checkpoint._write import Container, Progress, plan_copy, plan_notes
 
@@ -35,6 +36,7 @@ def bake(
     force: bool = False,
     assume: Mapping[str, str] | None = None,
     dims: Mapping[str, int | None] | None = None,
+    also: Also | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     rename: Mapping[str, str] | None = None,
@@ -73,6 +75,7 @@ def bake(
             torch's orthogonal, ``"identity"`` to take an original as it is, ``"data"`` to keep keys that only look
             like parts of a parametrization, ``"weight_norm"`` for a gain and a direction that are both vectors.
         dims: Name pattern to the normalized dim, where shapes leave a choice.
+        also: Your own classes, by the names that a file from :func:`torchkiln.checkpoint.save` has for them.
         include: Name patterns of the parametrized tensors to fold; all of them where none is given.
         exclude: Name patterns of parametrized tensors to leave as they are.
         rename: Beginnings of names to what they become, such as ``{"module.": ""}``, for every tensor.
@@ -107,7 +110,7 @@ def bake(
     """
     options, renaming, team = Options(assume, dims), Renaming(rename), Team(group)
     with team.together(), open_checkpoint(source) as file, open_adapters(adapters) as opened:
-        scanned = scan(file, options)
+        scanned = scan(file, options, also=also)
         chosen, left = picked(scanned.found, include, exclude, where=str(source))
         if keep_going:
             left += [found for found in chosen if found.blocked]

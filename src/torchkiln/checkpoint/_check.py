@@ -187,8 +187,12 @@ def _relative(value: Tensor, expected: Expected) -> float:
 
 
 def _magnitude(tensor: Tensor) -> float:
-    """Return the largest magnitude, NaN if there is one; many times as fast as the norm that is the same."""
-    low, high = torch.aminmax(tensor)
+    """Return the largest magnitude, NaN if there is one; many times as fast as the norm that is the same.
+
+    Of complex numbers it is that of a part.
+    """
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    low, high = torch.aminmax(real)
     return max(-float(low), float(high)) if bool(low == low) else math.nan
 
 

@@ -22,6 +22,7 @@ from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Kept,
 from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import FileReport, Folded, Note
 from torchkiln.checkpoint._scan import Found, Scan, scan
+from torchkiln.checkpoint._specs import Also
 from torchkiln.checkpoint._split import split
 from torchkiln.checkpoint._write import Container, Progress, plan_notes
 
@@ -38,6 +39,7 @@ def convert(
     spectral_norm: Sequence[str] = (),
     assume: Mapping[str, str] | None = None,
     dims: Mapping[str, int | None] | None = None,
+    also: Also | None = None,
     rename: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     container: Container | None = None,
@@ -61,6 +63,7 @@ def convert(
         spectral_norm: The same for spectral norm.
         assume: As for :func:`bake`.
         dims: Name pattern to normalized dim, of plain tensors too; 0 where none is given.
+        also: As for :func:`bake`.
         rename: As for :func:`bake`; not together with a change of spelling.
         dtype: As for :func:`bake`; not together with a change of spelling.
         container: As for :func:`bake`.
@@ -102,6 +105,7 @@ def convert(
             force=force,
             assume=assume,
             dims=dims,
+            also=also,
             rename=rename,
             dtype=dtype,
             container=container,
@@ -117,7 +121,7 @@ def convert(
         )
     with open_checkpoint(source) as file:
         options = Options(assume, dims)
-        scanned = scan(file, options)
+        scanned = scan(file, options, also=also)
         jobs = [*_renamings(scanned, to), *_splittings(file, scanned, to, norms, options)]
         _check(jobs, source=str(source), to=to, norms=norms, options=options)
         plan = layout.plan(file, [job.change() for job in jobs], Path(target))

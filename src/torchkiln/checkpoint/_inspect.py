@@ -12,18 +12,20 @@ from torchkiln.checkpoint._modules import modules_of, tied_in
 from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import Inspection, Note, Parametrized
 from torchkiln.checkpoint._scan import Found, known_dim, scan
+from torchkiln.checkpoint._specs import Also
 from torchkiln.checkpoint._values import not_finite
 
 __all__ = ["inspect"]
 
 
-def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> Inspection:
+def inspect(path: str | os.PathLike[str], *, deep: bool = False, also: Also | None = None) -> Inspection:
     """Say what a checkpoint file holds, without the model's code.
 
     Args:
         path: As for :func:`torchkiln.checkpoint.bake`.
         deep: Read every tensor and compute the parametrized ones too: decides dims that the values tell, and reports
             rows of zeros, vectors that should have unit length, and how many values are not finite.
+        also: Your own classes, by the names that a file from :func:`torchkiln.checkpoint.save` has for them.
 
     Returns:
         A row for each parametrized tensor, what there is of each module, which tensors are tied, and notes on what
@@ -41,7 +43,7 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> Inspection:
         [('conv.weight', 'legacy weight_norm', 0)]
     """
     with open_checkpoint(path) as file:
-        scanned = scan(file, Options())
+        scanned = scan(file, Options(), also=also)
         rows: list[Parametrized] = []
         notes = list(scanned.notes)
         for found in scanned.found:

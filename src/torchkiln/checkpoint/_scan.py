@@ -12,8 +12,10 @@ from torchkiln._core.spellings.evaluate import Evaluator
 from torchkiln._core.spellings.options import Options
 from torchkiln._core.spellings.recognise import Recognised, recognise
 from torchkiln._core.spellings.spelled import Spelled
+from torchkiln.checkpoint._description import described, read_descriptions
 from torchkiln.checkpoint._io import CheckpointFile, Extent, Group, Label
 from torchkiln.checkpoint._report import Note
+from torchkiln.checkpoint._specs import Also
 
 __all__ = ["Found", "Recent", "Scan", "known_dim", "refuse_blocked", "scan"]
 
@@ -99,28 +101,35 @@ class Scan:
     notes: tuple[Note, ...]
 
 
-def scan(file: CheckpointFile, options: Options) -> Scan:
+def scan(file: CheckpointFile, options: Options, *, also: Also | None = None) -> Scan:
     """Recognise what is parametrized in every group of a file.
 
     Args:
         file: The open checkpoint.
         options: What the caller knows that the file cannot say.
+        also: The caller's own classes, by the names in the file's description of itself.
 
     Raises:
-        CheckpointError: `dims` names a dim that does not fit a tensor.
+        CheckpointError: `dims` names a dim that does not fit a tensor, or the file's description cannot be read.
     """
     found: list[Found] = []
     plain: dict[Group, tuple[str, ...]] = {}
     notes = [Note("info", "", remark) for remark in file.remarks]
     recent = Recent(file)
+    said = described(read_descriptions(file.metadata, where=str(file.path)), also=also)
     for group in file.groups:
-        local = options.within(group.path)
+        local = options.within(group.path).describing(said)
         recognised = recognise(group, local)
         mine = list(_found(recent, group, recognised, local))
         taken = {key for one in mine for key in one.keys}
         plain[group] = tuple(key for key in group.entries if key not in taken)
         found += mine
         notes += [Note("info", group.full_name(key), text) for key, text in recognised.remarks.items()]
+        notes += [
+            Note("warning", name, f"{name}: the file describes its steps, and does not hold it")
+            for name in said
+            if name not in recognised.spelled
+        ]
     return Scan(tuple(found), plain, tuple(notes))
 
 

@@ -16,6 +16,7 @@ from torchkiln.checkpoint._io import CheckpointFile, Entry, Group
 from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import Checked, Note, Verification
 from torchkiln.checkpoint._scan import Found, Scan, refuse_blocked, scan
+from torchkiln.checkpoint._specs import Also
 from torchkiln.checkpoint._write import Progress
 
 __all__ = ["verify"]
@@ -27,6 +28,7 @@ def verify(
     *,
     assume: Mapping[str, str] | None = None,
     dims: Mapping[str, int | None] | None = None,
+    also: Also | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check what a file's parametrized tensors fold to, or that two files hold the same model.
@@ -40,6 +42,7 @@ def verify(
         other: The file to compare with.
         assume: As for :func:`bake`.
         dims: As for :func:`bake`.
+        also: As for :func:`bake`.
         progress: Called with the number of tensors done, their total, and the name of the last one.
 
     Returns:
@@ -60,12 +63,12 @@ def verify(
     """
     options = Options(assume, dims)
     with open_checkpoint(path) as file:
-        scanned = scan(file, options)
+        scanned = scan(file, options, also=also)
         refuse_blocked(scanned.found, str(path))
         if other is None:
             return _recompute(scanned, str(path), options, progress)
         with open_checkpoint(other) as second:
-            scanned_other = scan(second, options)
+            scanned_other = scan(second, options, also=also)
             refuse_blocked(scanned_other.found, str(other))
             options.check_used(f"{path} and {other}")
             return _compare(_Side(file, scanned), _Side(second, scanned_other), progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -11,6 +11,7 @@ from typing import Literal, Protocol, get_args
 from torchkiln._core.errors import CheckpointError
 from torchkiln.checkpoint._atomic import check_target, replacing
 from torchkiln.checkpoint._bytes import Extent, nbytes
+from torchkiln.checkpoint._description import carried
 from torchkiln.checkpoint._io import Change, CheckpointFile, Content, Made, Piece
 from torchkiln.checkpoint._report import Note
 from torchkiln.checkpoint._safetensors_sink import SafetensorsSink, flat
@@ -216,19 +217,24 @@ def plan_copy(
     content = file.changed(changes)
     return Plan(
         file,
-        _sink(file, content, target, kind, shard_size),
+        _sink(content, _metadata(file, changes), target, kind, shard_size),
         target,
         kind == "dcp" or shard_size is not None,
         kind,
     )
 
 
+def _metadata(file: CheckpointFile, changes: Sequence[Change]) -> dict[str, str]:
+    if "safetensors" in file.container:
+        return carried(file.metadata, changes, where=str(file.path))
+    # transformers and diffusers load a file only if it names the framework its layout came from.
+    return {"format": "pt"}
+
+
 def _sink(
-    file: CheckpointFile, content: Content, target: Path, kind: Container, shard_size: int | None
+    content: Content, metadata: Mapping[str, str], target: Path, kind: Container, shard_size: int | None
 ) -> Sink:
     if kind == "safetensors":
-        # transformers and diffusers load a file only if it names the framework its layout came from.
-        metadata = file.metadata if "safetensors" in file.container else {"format": "pt"}
         return SafetensorsSink(flat(content, target=target), metadata, max_shard_size=shard_size)
     if kind == "dcp":
         from torchkiln.checkpoint._dcp_sink import DcpSink

@@ -92,12 +92,33 @@ class Evaluator:
         if item.blocked:
             raise CheckpointError(item.blocked)
         result = Evaluation(assumptions=list(item.assumptions))
+        described = next((step for step in item.steps if step.described is not None), None)
+        if described is not None:
+            return self._take(described, item, result)
         result.tensor = self._read(item.originals[-1], result)
         try:
             for step in item.steps:
                 self._apply(step, item, result)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, and not in its __all__
             raise CheckpointError(f"{item.name}: {item.spelling} cannot be computed: {error}.") from error
+        return self._finished(item, result)
+
+    def _take(self, step: Step, item: Spelled, result: Evaluation) -> Evaluation:
+        """Take the steps that the file describes, in the dtypes that it holds: each step decides what it widens."""
+        assert step.described is not None
+        start = item.originals[0].rpartition(".")[0] + "."
+        originals = [self._stored(key, result) for key in item.originals]
+        state = {key.removeprefix(start): self._stored(key, result) for key in step.state}
+        result.tensor = step.described.compute(originals, state)
+        return self._finished(item, result)
+
+    def _stored(self, key: str, result: Evaluation) -> Tensor:
+        if key in self._found.spelled:
+            return self._read(key, result)
+        tensor = self._source.read(self._group, key).detach()
+        return tensor if self._fresh else tensor.clone()
+
+    def _finished(self, item: Spelled, result: Evaluation) -> Evaluation:
         if not result.warnings and not _finite(result.tensor):
             result.warnings.append(f"{item.name}: has values that are not finite")
         return result
@@ -109,7 +130,11 @@ class Evaluator:
             self.identity(spelled[key]) if key in spelled else self._source.identity(self._group, key)
             for key in item.inputs
         )
-        return tuple((step.kind, step.map, self.choice(step, item)) for step in item.steps), inputs
+        steps = (
+            (step.kind, step.map, step.described and step.described.text, self.choice(step, item))
+            for step in item.steps
+        )
+        return tuple(steps), inputs
 
     def choice(self, step: Step, item: Spelled) -> tuple[bool, int | None]:
         """Return whether the caller chose the dim of a step, and which one.

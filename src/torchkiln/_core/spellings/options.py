@@ -7,6 +7,7 @@ from copy import copy
 from fnmatch import fnmatchcase
 
 from torchkiln._core.errors import CheckpointError
+from torchkiln._core.spellings.described import Described
 
 __all__ = ["ASSUMPTIONS", "Options", "Patterns"]
 
@@ -64,6 +65,7 @@ class Options:
         self._dim_patterns = Patterns(list(self._dims))
         self._path: tuple[str, ...] = ()
         self._expected: Mapping[str, int] = {}
+        self._described: Mapping[str, Described] = {}
 
     def within(self, path: tuple[str, ...]) -> Options:
         """Return these options for the names of one group; what is of use is remembered in both."""
@@ -80,6 +82,20 @@ class Options:
         view = copy(self)
         view._expected = dims
         return view
+
+    def describing(self, tensors: Mapping[str, Described]) -> Options:
+        """Return these options for names of which the file itself says what they are.
+
+        Args:
+            tensors: What it says, by the tensor's name.
+        """
+        view = copy(self)
+        view._described = tensors
+        return view
+
+    def description(self, name: str) -> Described | None:
+        """Return what the file says of a tensor, None where it says nothing."""
+        return self._described.get(name)
 
     def expects(self, name: str) -> bool:
         """Return whether it is known that there is a tensor with this name."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from torchkiln._core.spellings.described import Described
 from torchkiln._core.spellings.entries import Entry, Label
 from torchkiln._core.spellings.fold import compute_dtype
 from torchkiln._core.spellings.options import MAPS, Options
@@ -28,7 +29,7 @@ __all__ = [
 
 Style = Literal["legacy", "torch"]
 Norm = Literal["spectral_norm", "weight_norm"]
-Kind = Literal["identity", "orthogonal", "pruning", "spectral_norm", "weight_norm"]
+Kind = Literal["described", "identity", "orthogonal", "pruning", "spectral_norm", "weight_norm"]
 
 # What a norm's keys end in, after "parametrizations.t." in torch's style and after "t_" in the legacy one.
 _ENDINGS: dict[tuple[Style, Norm], tuple[str, ...]] = {
@@ -48,6 +49,13 @@ class Step:
     dims: tuple[int | None, ...] = ()
     """The normalized dims that the shapes allow, the one to take first."""
     map: str | None = None
+    described: Described | None = None
+    """All the steps at once, where the file itself says what they are."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a report."""
+        return " + ".join(self.described.names) if self.described else self.kind
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Spelled:
     @property
     def spelling(self) -> str:
         """What to call it in a report."""
-        kinds = " + ".join(step.kind for step in self.steps) or "unknown"
+        kinds = " + ".join(step.name for step in self.steps) or "unknown"
         return kinds if kinds == "pruning" else f"{self.style} {kinds}"
 
     @property

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from torchkiln._core.spellings.described import Described
 from torchkiln._core.spellings.entries import Entry
 from torchkiln._core.spellings.options import MAPS, Options
 from torchkiln._core.spellings.spelled import (
@@ -103,6 +104,28 @@ class _Reader:
         self._originals = tuple(keys.originals[name] for name in self._names)
 
     def read(self) -> Spelled:
+        described = self._options.description(self._keys.name)
+        if described is None:
+            return self._recognised()
+        return self._described_norm(described) if described.norm else self._described(described)
+
+    def _described(self, described: Described) -> Spelled:
+        state = tuple(
+            key for _, own in sorted(self._keys.state.items()) for key in (own[name] for name in sorted(own))
+        )
+        step = Step("described", state, described=described)
+        blocked = described.blocked and f"{self._keys.name}: {described.blocked}"
+        return Spelled(self._keys.name, "torch", self._originals, (step,), described.entry, blocked=blocked)
+
+    def _described_norm(self, described: Described) -> Spelled:
+        item = self._recognised()
+        if item.blocked or len(item.steps) != 1 or described.dim not in item.steps[0].dims:
+            shapes = ", ".join(str(self._entries[key].shape) for key in self._originals)
+            said = f"{described.names[0]} along {described.dim}"
+            return replace(item, blocked=f"{item.name}: is described as {said}, and shapes {shapes} are not.")
+        return replace(item, steps=(replace(item.steps[0], dims=(described.dim,)),), assumptions=())
+
+    def _recognised(self) -> Spelled:
         if self._names == ["original0", "original1"]:
             return self._weight_norm()
         if self._names != ["original"]:
