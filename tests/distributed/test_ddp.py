@@ -14,68 +14,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torchkiln
 from distributed.ranks import Ranks
+from distributed.training import (
+    adam,
+    assert_same_state,
+    batches,
+    build,
+    every_built_in,
+    loss,
+    normed,
+    register,
+    train,
+)
 from torchkiln import parametrizations
-
-BUILT_INS = ["weight_norm", "spectral_norm", "orthogonal"]
-every_built_in = pytest.mark.parametrize("norm", BUILT_INS)
-
-
-def build() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def register(model: nn.Sequential, norm: str, *, seed: int = 1) -> None:
-    torch.manual_seed(seed)
-    getattr(parametrizations, norm)(model[0])
-
-
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), 0.05)
-
-
-def batches(model: nn.Module, *, seed: int = 2) -> Any:
-    """Batches for all; each rank takes its part of them."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        batch = torch.randn(8, 6, generator=generator)
-        yield (
-            batch.chunk(dist.get_world_size())[dist.get_rank()]
-            if isinstance(model, DistributedDataParallel)
-            else batch
-        )
-
-
-def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    value: Tensor = model(batch).square().mean()
-    return value
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = 3) -> None:
-    for batch in itertools.islice(batches(model), steps):
-        loss(model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def assert_same_state(model: nn.Module, expected: nn.Module) -> None:
-    state = (
-        dict(model.module.state_dict())
-        if isinstance(model, DistributedDataParallel)
-        else dict(model.state_dict())
-    )
-    assert list(state) == list(expected.state_dict())
-    torch.testing.assert_close(state, dict(expected.state_dict()), rtol=1e-5, atol=1e-6)
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    assert all(torch.equal(states[0][key], states[-1][key]) for key in state)
 
 
 def trains(norm: str, order: str, options: dict[str, Any]) -> None:
-    expected, model = build(), build()
-    register(expected, norm)
-    if order == "before":
-        register(model, norm)
+    expected, model = normed(norm), normed(norm) if order == "before" else build()
     wrapped = DistributedDataParallel(model, **options)
     if order == "after":  # what is drawn differs, and the first rank's counts
         register(model, norm, seed=1 + dist.get_rank())
@@ -95,9 +49,7 @@ def test_a_wrapped_model_trains_as_on_one_process(
 
 
 def goes_on(norm: str, how: str) -> None:
-    expected, model = build(), build()
-    for one in (expected, model):
-        register(one, norm)
+    expected, model = normed(norm), normed(norm)
     wrapped = DistributedDataParallel(model)
     for one, inner in ((expected, expected), (wrapped, model)):
         optimizer = adam(one)
@@ -117,9 +69,7 @@ def test_a_model_that_was_baked_under_the_wrapper_trains_on(ranks: Ranks, norm: 
 
 
 def two_forwards(norm: str) -> None:
-    expected, model = build(), build()
-    for one in (expected, model):
-        register(one, norm)
+    expected, model = normed(norm), normed(norm)
     wrapped = DistributedDataParallel(model)
     for one in (expected, wrapped):
         optimizer, stream = adam(one), batches(one)
@@ -137,9 +87,7 @@ def test_two_forwards_and_one_backward(ranks: Ranks, norm: str) -> None:
 
 
 def accumulates(norm: str) -> None:
-    expected, model = build(), build()
-    for one in (expected, model):
-        register(one, norm)
+    expected, model = normed(norm), normed(norm)
     wrapped = DistributedDataParallel(model)
     for one in (expected, wrapped):
         optimizer, stream = adam(one), batches(one)
@@ -194,9 +142,7 @@ def test_unused_parameters_are_found(ranks: Ranks, norm: str) -> None:
 
 
 def compiles(norm: str) -> None:
-    expected, model = build(), build()
-    for one in (expected, model):
-        register(one, norm)
+    expected, model = normed(norm), normed(norm)
     wrapped = DistributedDataParallel(model)
     compiled = torch.compile(wrapped, backend="eager")
     for one, called in ((expected, expected), (wrapped, compiled)):

@@ -6,13 +6,13 @@ exists. See ``distributed/README.md``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["Engine", "attach", "balance", "prepare", "spread", "versions"]
+__all__ = ["Engine", "attach", "balance", "prepare", "spread", "take_in", "versions"]
 
 
 class Engine(Protocol):
@@ -23,6 +23,9 @@ class Engine(Protocol):
 
         With an ``intent``, a text of what is about to be done, see that all ranks have the same.
         """
+
+    def take_in(self, module: nn.Module, step: nn.Module) -> Callable[[], None]:
+        """Shard ``step``, about to be registered on ``module``, as that is sharded; return how to undo it."""
 
     def balance(self, modules: Sequence[nn.Module]) -> None:
         """Bring the engines' books up to what ``modules`` have now."""
@@ -55,6 +58,16 @@ def prepare(modules: Iterable[nn.Module], intent: str | None = None) -> None:
     """
     if (engine := _engine_in_use()) is not None:
         engine.prepare(list(modules), intent)
+
+
+def take_in(module: nn.Module, step: nn.Module) -> Callable[[], None]:
+    """Announce that ``step`` is about to be registered on ``module``; return what to call if it is not."""
+    engine = _engine_in_use()
+    return _nothing if engine is None else engine.take_in(module, step)
+
+
+def _nothing() -> None:
+    pass
 
 
 def balance(modules: Iterable[nn.Module]) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from torchkiln._core.sharded import is_sharded
+
 __all__ = ["Proof"]
 
 Attributes = dict[str, Any]
@@ -39,10 +41,10 @@ class _OptimizerSteps:
         if torch.compiler.is_compiling():
             return
         for group in optimizer.param_groups:
-            if group.get(
-                "fused"
-            ):  # so that everything that goes by versions sees the step: state that advances, too
-                torch.autograd.graph.increment_version(group["params"])
+            # So that everything that goes by versions sees the step: state that advances, too. Operations on a list
+            # of sharded tensors do not count as writes to them either.
+            unseen = [p for p in group["params"] if group.get("fused") or is_sharded(p)]
+            torch.autograd.graph.increment_version(unseen)
 
 
 _optimizer_steps = _OptimizerSteps()

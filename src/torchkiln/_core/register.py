@@ -21,7 +21,7 @@ from torchkiln._core.chain import (
     steps_of,
 )
 from torchkiln._core.checks import check_step
-from torchkiln._core.engine import balance, prepare, spread
+from torchkiln._core.engine import balance, prepare, spread, take_in
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.inject import set_names
 from torchkiln._core.optimizers import Optimizers, Replacement, follow, parameters_of
@@ -96,6 +96,7 @@ def register_parametrization(
     """
     check_request(module, tensor_name, parametrization)
     prepare([module], f"register {type(parametrization).__name__} on {type(module).__name__}.{tensor_name}")
+    leave_out = take_in(module, parametrization)
     was_training = parametrization.training
     parametrization.train(module.training)
     try:
@@ -104,6 +105,7 @@ def register_parametrization(
             Place(module, tensor_name), parametrization, unsafe=unsafe, optimizer=optimizer, tied_in=tied_in
         )
     except BaseException:
+        leave_out()
         parametrization.train(was_training)
         raise
     for place in changed:

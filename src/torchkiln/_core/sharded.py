@@ -18,7 +18,8 @@ Whatever the way, the result has the placements of the plain tensor.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -193,10 +194,27 @@ def _sharded_as(x: Tensor, shard: Tensor) -> Tensor:
 
 
 def _on_whole(step: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    named = (*step.named_parameters(), *step.named_buffers())
-    own = {name: whole(tensor) for name, tensor in named if is_sharded(tensor)}
-    full = tuple(whole(one) for one in inputs)
-    return _tensor(torch.func.functional_call(step, own, full) if own else step(*full))
+    with _own_tensors_whole(step):
+        return _tensor(step(*(whole(one) for one in inputs)))
+
+
+@contextmanager
+def _own_tensors_whole(step: nn.Module) -> Iterator[None]:
+    """Let the tensors of ``step`` itself be whole tensors while the context is open, for computing with them."""
+    exchanged: list[tuple[dict[str, Any], str, Tensor]] = [
+        (held, name, tensor)
+        for holder in step.modules()
+        for held in (holder._parameters, holder._buffers)
+        for name, tensor in held.items()
+        if tensor is not None and is_sharded(tensor)
+    ]
+    try:
+        for held, name, tensor in exchanged:
+            held[name] = whole(tensor)
+        yield
+    finally:
+        for held, name, tensor in exchanged:
+            held[name] = tensor
 
 
 def _tensor(value: object) -> Tensor:
@@ -255,7 +273,8 @@ def invert(step: nn.Module, value: Tensor) -> Any:
 
 
 def _inverse_of_whole(step: nn.Module, right_inverse: Callable[[Tensor], Any], value: Tensor) -> Any:
-    result = right_inverse(whole(value))
+    with _own_tensors_whole(step):
+        result = right_inverse(whole(value))
     for buffer in step.buffers():
         share(buffer, value)
     return _each(result, lambda one: distributed_like(one, value))

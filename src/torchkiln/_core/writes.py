@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from torchkiln._core.chain import enabled_steps
 from torchkiln._core.errors import TorchkilnWarning
+from torchkiln._core.sharded import is_sharded
 
 __all__ = ["ComputedTensor", "watched"]
 
@@ -121,10 +122,33 @@ def watched(value: Tensor, chain: nn.Module, name: str) -> Tensor:
     Not so for what somebody else holds too (a buffer that a step returns), other kinds of tensors, and values of
     ``torch.func`` transforms.
     """
+    if is_sharded(value):
+        value.__dict__["_warning"] = _ShardedWrite(value, name)
+        return value
     # Held by the caller's name, this argument and getrefcount's own.
     if type(value) is Tensor and sys.getrefcount(value) <= 3 and not _in_transform():
         _watch(value, chain, name)
     return value
+
+
+class _ShardedWrite:
+    """Warns of a write into a sharded computed tensor, which is lost, when the tensor is dropped.
+
+    Handing it to the chain may take all processes, and a tensor may be dropped at another time on each.
+    """
+
+    def __init__(self, value: Tensor, name: str) -> None:
+        self.alias = value.detach()  # with the same version counter
+        self.version, self.name = value._version, name
+
+    def __del__(self) -> None:
+        if self.alias._version != self.version:
+            warnings.warn(
+                f"A write into the computed tensor {self.name!r}, which is sharded, is lost.\n"
+                f"Assign the new value on every process: module.{self.name} = value.",
+                TorchkilnWarning,
+                stacklevel=2,
+            )
 
 
 def _watch(value: Tensor, chain: nn.Module, name: str) -> None:

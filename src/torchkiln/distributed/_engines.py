@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from torchkiln._core.sharded import is_sharded
+from torchkiln._core.sharded import is_sharded, share
 
 __all__ = ["Engines"]
 
@@ -34,6 +34,24 @@ class Engines:
                 wrappers = _ddp.find_wrappers(modules)
                 groups += [tuple(dist.get_process_group_ranks(one.process_group)) for one in wrappers]
             _agreement.agree(intent, groups)
+
+    def take_in(self, module: nn.Module, step: nn.Module) -> Callable[[], None]:
+        """Let the step's tensors be those of the first rank, and under FSDP shard its parameters."""
+        before = [(one, name, tensor) for one in step.modules() for name, tensor in one._parameters.items()]
+        like = next((one for one in _tensors(module) if is_sharded(one)), None)
+        if like is not None:
+            for tensor in (*step.parameters(), *step.buffers()):
+                share(tensor.detach(), like)
+        if _uses_fsdp():
+            from torchkiln.distributed import _fsdp
+
+            _fsdp.shard_step(module, step)
+
+        def undo() -> None:
+            for one, name, tensor in before:
+                one._parameters[name] = tensor
+
+        return undo
 
     def balance(self, modules: Sequence[nn.Module]) -> None:
         """Let FSDP's books and the reducer of DDP follow."""
@@ -66,10 +84,14 @@ def _meshes(modules: Sequence[nn.Module]) -> list[Any]:
     """Return the device meshes that tensors of ``modules``, or of their chains, are sharded over."""
     found: dict[int, Any] = {}
     for module in modules:
-        chains = module._modules.get("parametrizations")
-        owned = [] if chains is None else list(chains.parameters())
-        for tensor in (*module._parameters.values(), *owned):
-            if tensor is not None and is_sharded(tensor):
-                mesh = tensor.device_mesh  # type: ignore[attr-defined]  # of a DTensor
-                found.setdefault(id(mesh), mesh)
+        for tensor in _tensors(module):
+            if is_sharded(tensor):
+                found.setdefault(id(tensor.device_mesh), tensor.device_mesh)
     return list(found.values())
+
+
+def _tensors(module: nn.Module) -> list[Any]:
+    """Return the parameters of ``module`` itself and of its chains."""
+    chains = module._modules.get("parametrizations")
+    owned = [] if chains is None else list(chains.parameters())
+    return [one for one in (*module._parameters.values(), *owned) if one is not None]

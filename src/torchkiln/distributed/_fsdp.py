@@ -20,12 +20,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from torchkiln._core.attributes import parameter_like
 from torchkiln._core.chain import chains_of, is_parametrized
 from torchkiln._core.errors import ParametrizationError
 
-__all__ = ["balance", "reshard", "versions"]
+__all__ = ["balance", "reshard", "shard_step", "versions"]
 
 
 class Slot(NamedTuple):
@@ -82,6 +83,36 @@ def reshard(modules: Sequence[nn.Module]) -> None:
             )
         group.wait_for_unshard()
         group._to_sharded()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+
+def shard_step(module: nn.Module, step: nn.Module) -> None:
+    """Shard the parameters of ``step`` as FSDP shards those of ``module``, where it does.
+
+    Raises:
+        ParametrizationError: One of them has no dimension to shard.
+    """
+    groups = groups_of([module])
+    if not groups:
+        return
+    spec = groups[0].fsdp_params[0]._sharding_spec
+    is_data = groups[0].mesh_info.mesh.ndim - 1  # the axis of the mesh that FSDP shards over
+    placements = [Shard(0) if axis == is_data else Replicate() for axis in range(spec.mesh.ndim)]
+    for holder in step.modules():
+        held: dict[str, Any] = holder._parameters
+        for name, parameter in held.items():
+            if parameter is None or isinstance(parameter, DTensor):
+                continue
+            _check_dimensions(parameter, f"{type(step).__name__}.{name}")
+            part = distribute_tensor(parameter.detach(), spec.mesh, placements)
+            held[name] = parameter_like(part, [parameter], requires_grad=parameter.requires_grad)
+
+
+def _check_dimensions(parameter: Tensor, what: str) -> None:
+    if parameter.ndim == 0:
+        raise ParametrizationError(
+            f"{what}: FSDP shards parameters along a dimension, and a number has none.\n"
+            "Give it one, of shape (1,); for weight_norm pass a dim."
+        )
 
 
 def balance(modules: Sequence[nn.Module]) -> None:
@@ -159,6 +190,7 @@ def _fitting(
 
 def _enter(group: FSDPParamGroup, template: FSDPParam, parameter: DTensor, slots: list[Slot]) -> None:
     """Make an entry for ``parameter`` in ``group``, like that of ``template``."""
+    _check_dimensions(parameter, slots[0].name)
     (holder, name), *shared = slots
     placement = _placement(template, parameter)
     entry = FSDPParam(
@@ -180,17 +212,16 @@ def _enter(group: FSDPParamGroup, template: FSDPParam, parameter: DTensor, slots
 
 def _placement(template: FSDPParam, parameter: DTensor) -> Shard:
     ndim = template.mesh_info.mesh.ndim
-    found = [one for one in parameter.placements[:ndim] if isinstance(one, Shard)]
-    return found[0] if found else Shard(0)
+    dims: list[int] = [one.dim for one in parameter.placements[:ndim] if hasattr(one, "dim")]
+    return Shard(dims[0] if dims else 0)
 
 
 def _unsharded_like(template: FSDPParam, parameter: DTensor) -> nn.Parameter:
     """Return the parameter as it was before FSDP sharded it, without data."""
-    spec = template._unsharded_dtensor_spec
-    if spec is None:
-        whole: Tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-    else:
-        raise NotImplementedError
+    whole: Tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    if (inner := template._unsharded_dtensor_spec) is not None:  # tensor parallelism, within what FSDP shards
+        placements = parameter.placements[-inner.mesh.ndim :]
+        whole = distribute_tensor(whole, inner.mesh, placements)
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 

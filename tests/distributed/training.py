@@ -1,0 +1,87 @@
+"""A small training run that can be made on one process and on several, and must come to the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from torchkiln import parametrizations
+
+BUILT_INS = ["weight_norm", "spectral_norm", "orthogonal"]
+every_built_in = pytest.mark.parametrize("norm", BUILT_INS)
+
+
+def build() -> nn.Sequential:
+    """A network whose rows, 5 and 3, do not divide by two."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def register(model: nn.Module, norm: str, *, seed: int = 1, implementation: Any = parametrizations) -> None:
+    """Put the first layer under ``norm``; what that draws depends on the seed alone."""
+    torch.manual_seed(seed)
+    getattr(implementation, norm)(model[0])  # type: ignore[index]  # a Sequential
+
+
+def normed(norm: str) -> nn.Sequential:
+    model = build()
+    register(model, norm)
+    return model
+
+
+def shard(model: nn.Sequential, **options: Any) -> nn.Sequential:
+    """Shard each layer, and the whole."""
+    for layer in (model[0], model[2]):
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def adam(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), 0.05, **options)
+
+
+def batches(model: nn.Module, *, seed: int = 2) -> Iterator[Tensor]:
+    """Batches for all; each rank takes its part of them."""
+    generator = torch.Generator().manual_seed(seed)
+    is_part = isinstance(model, DistributedDataParallel | FSDPModule)
+    while True:
+        batch = torch.randn(8, 6, generator=generator)
+        yield batch.chunk(dist.get_world_size())[dist.get_rank()] if is_part else batch
+
+
+def loss(model: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    return model(batch).float().square().mean()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = 3, seed: int = 2) -> None:
+    for batch in itertools.islice(batches(model, seed=seed), steps):
+        loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with whole tensors, by the names of the model inside the wrapper."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    state = inner.state_dict()
+    return {key: one.full_tensor() if isinstance(one, DTensor) else one for key, one in state.items()}
+
+
+def assert_same_state(model: nn.Module, expected: nn.Module, *, atol: float = 1e-6) -> None:
+    """Compare with the run on one process, and each rank with the first one, bit for bit."""
+    state = whole_state(model)
+    assert list(state) == list(expected.state_dict())
+    torch.testing.assert_close(state, dict(expected.state_dict()), rtol=1e-5, atol=atol)
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    assert all(torch.equal(states[0][key], other[key]) for other in states for key in state)
