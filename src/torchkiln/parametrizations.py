@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchkiln._core.chain import chains_of
 from torchkiln._core.engine import prepare
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.optimizers import Optimizers
@@ -20,6 +21,7 @@ from torchkiln._core.request import check_lazy, no_tensor
 from torchkiln._core.sharded import shard_of, share
 from torchkiln._core.state import AdvancingStep
 from torchkiln._core.tracing import is_recorded
+from torchkiln.families import SpectralNorm
 from torchkiln.families._maps import norms
 from torchkiln.families._maps import orthogonal as orthogonal_maps
 from torchkiln.families._maps import spectral_norm as spectral_maps
@@ -218,7 +220,8 @@ class _WeightNorm(nn.Module):
         return norms.weight_normalize(weight_v, weight_g, self.dim)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return norms.norm_except(weight, self.dim), weight
+        norm = norms.norm_except(weight, self.dim)
+        return norm, norms.directed(weight, norm)
 
 
 def weight_norm(
@@ -226,6 +229,7 @@ def weight_norm(
     name: str = "weight",
     dim: int | None = 0,
     *,
+    gain: float | None = None,
     optimizer: Optimizers = None,
     tied_in: nn.Module | None = None,
 ) -> ModuleT:
@@ -238,11 +242,15 @@ def weight_norm(
     taken over every dimension but ``dim``, for one length per output channel. State dicts with the keys ``<name>_g``
     and ``<name>_v`` of the older ``torch.nn.utils.weight_norm`` load as well.
 
+    A direction of zeros gives zeros and finite gradients, where torch gives NaN. A slice that is zero at registration
+    gets length 0 and a direction of ones, from which it can be trained.
+
     Args:
         module: the module that owns the tensor.
         name: the tensor's name.
         dim: the dimension that keeps a length for each index. ``None`` gives one length for the whole tensor, and so
             does -1, as in torch.
+        gain: fill the length with this number and freeze it, as the last layer of DINO does; torch has no such option.
         optimizer: the optimizer, or optimizers, that train the tensor; see
             :func:`~torchkiln.parametrize.register_parametrization`, as for ``tied_in``. torch has neither.
         tied_in: the model whose other modules with the same parameter are parametrized as well.
@@ -271,6 +279,11 @@ def weight_norm(
     register_parametrization(
         module, name, _WeightNorm(dim), unsafe=True, optimizer=optimizer, tied_in=tied_in
     )
+    if gain is not None:
+        length = chains_of(module)[name].original0
+        with torch.no_grad():
+            length.fill_(gain)
+        length.requires_grad_(False)
     return module
 
 
@@ -298,15 +311,16 @@ class _SpectralNorm(AdvancingStep):
         self.eps = eps
         if ndim > 1:
             self.n_power_iterations = n_power_iterations
-            self._start(spectral_maps.as_matrix(weight, self.dim))
+            u, v = self._start(spectral_maps.as_matrix(weight, self.dim))
+            self.register_buffer("_u", u)
+            self.register_buffer("_v", v)
 
-    def _start(self, M: Tensor) -> None:
+    def _start(self, M: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             u, v = (share(shard_of(M).new_empty(length).normal_(), M) for length in M.shape)
             u, v = F.normalize(u, dim=0, eps=self.eps), F.normalize(v, dim=0, eps=self.eps)
             u, v, _ = spectral_maps.power_iteration(M, u, v, steps=15, eps=self.eps)
-        self.register_buffer("_u", u)
-        self.register_buffer("_v", v)
+        return u, v
 
     def advance(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         M = spectral_maps.as_matrix(x, self.dim)
@@ -314,6 +328,10 @@ class _SpectralNorm(AdvancingStep):
         if not is_recorded():
             self.__dict__["_image"] = image  # for the evaluation that asked for it, and no other
         return u, v
+
+    def adopt(self, *state: Tensor) -> tuple[Tensor, ...]:
+        """Return the vectors at length 1: averaged ones (EMA) are shorter."""
+        return tuple(spectral_maps.restored(vector) for vector in state)
 
     def forward(self, weight: Tensor) -> Tensor:
         if weight.ndim == 1:
@@ -325,6 +343,11 @@ class _SpectralNorm(AdvancingStep):
     def right_inverse(self, value: Tensor) -> Tensor:
         return value
 
+    def reset(self, weight: Tensor) -> None:
+        """Look for the singular vectors of the original ``weight`` anew, from random ones, as at registration."""
+        if weight.ndim > 1:
+            self._write(self._start(spectral_maps.as_matrix(weight, self.dim)))
+
 
 def spectral_norm(
     module: ModuleT,
@@ -333,6 +356,9 @@ def spectral_norm(
     eps: float = 1e-12,
     dim: int | None = None,
     *,
+    coefficient: float = 1.0,
+    cap: bool = False,
+    tolerance: float | None = None,
     optimizer: Optimizers = None,
     tied_in: nn.Module | None = None,
 ) -> ModuleT:
@@ -354,6 +380,10 @@ def spectral_norm(
         n_power_iterations: power iterations for each read in training mode.
         eps: smallest norm that is divided by within the power iteration.
         dim: the dimension of the outputs: 0, and 1 for transposed convolutions.
+        coefficient: the norm of the result. With this or one of the next two the family
+            :class:`~torchkiln.families.SpectralNorm` is registered, whose state dict torch's does not load.
+        cap: divide only where the norm is above ``coefficient``.
+        tolerance: iterate to this relative accuracy, in place of ``n_power_iterations``.
         optimizer: the optimizer, or optimizers, that train the tensor; see
             :func:`~torchkiln.parametrize.register_parametrization`, as for ``tied_in``. torch has neither.
         tied_in: the model whose other modules with the same parameter are parametrized as well.
@@ -380,6 +410,9 @@ def spectral_norm(
     if dim is None:
         transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
         dim = 1 if isinstance(module, transposed) else 0
-    step = _SpectralNorm(weight, n_power_iterations, dim, eps)
+    step: nn.Module = _SpectralNorm(weight, n_power_iterations, dim, eps)
+    if coefficient != 1 or cap or tolerance is not None:
+        steps = {"steps": n_power_iterations} if tolerance is None else {"tolerance": tolerance}
+        step = SpectralNorm(coefficient, cap=cap, dim=dim, **steps)
     register_parametrization(module, name, step, optimizer=optimizer, tied_in=tied_in)
     return module

@@ -48,6 +48,10 @@ class AdvancingStep(nn.Module):
         """Return the state after ``state`` for the input ``x``, as new tensors; called without grad."""
         raise NotImplementedError(f"{type(self).__name__} must define advance()")
 
+    def adopt(self, *state: Tensor) -> State:
+        """Return ``state``, which others may have written into the buffers, as a state to evaluate with."""
+        return state
+
     def current_state(self, x: Tensor) -> State:
         """Return the state to evaluate ``x`` with, in tensors that nothing writes to.
 
@@ -56,10 +60,12 @@ class AdvancingStep(nn.Module):
         buffers = self._state_buffers()
         change = self.__dict__.pop("_change", None)
         if is_recorded():
-            return self._advanced_in_place(x, buffers) if self.training else buffers
+            return self._advanced_in_place(x, buffers) if self.training else self.adopt(*buffers)
         progress = self._valid_progress(buffers)
         if progress is None:
-            progress = self._keep(None, tuple(buffer.clone() for buffer in buffers), ahead=False)
+            with torch.no_grad():
+                found = self.adopt(*[buffer.clone() for buffer in buffers])
+            progress = self._keep(None, found, ahead=False)
         if not self.training or (change is not None and progress.change == change):
             return progress.state
         with torch.no_grad():

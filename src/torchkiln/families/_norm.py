@@ -77,7 +77,7 @@ class WeightNorm(Parametrization):
     @inverted
     def right_inverse(self, W: Tensor) -> Tensor | tuple[Tensor, ...]:
         norm = norms.norm_except(W, self.dim)
-        V = torch.where(norm == 0, 1, W)
+        V = norms.directed(W, norm)
         return V if self.gain is not None else (norm, V)
 
     def residual(self, W: Tensor) -> Tensor:
@@ -147,7 +147,11 @@ class _OperatorNorm(AdvancingStep, Parametrization):
     def reset(self, W: Tensor) -> None:
         """Look for the norm of the original ``W`` anew, from a vector that knows nothing of the past."""
         with full_precision(W):
-            self.v = self._start(widen(W.detach()))
+            v = self._start(widen(W.detach()))
+        if self.v is None:
+            self.v = v
+        else:
+            self._write((v,))
 
     @computed
     def forward(self, W: Tensor) -> Tensor:

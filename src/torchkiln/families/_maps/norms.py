@@ -12,7 +12,7 @@ from torchkiln._core.sharded import beside, is_sharded, settled
 from torchkiln._core.tracing import is_recorded
 from torchkiln.families._maps.precision import widen
 
-__all__ = ["has_kernel", "norm_except", "weight_normalize"]
+__all__ = ["directed", "has_kernel", "norm_except", "weight_normalize"]
 
 
 def norm_except(V: Tensor, dim: int) -> Tensor:
@@ -43,6 +43,17 @@ def _squares(V: Tensor, others: list[int] | None) -> Tensor:
 
 def _others(V: Tensor, dim: int) -> list[int]:
     return [other for other in range(V.ndim) if other != dim % V.ndim]
+
+
+def directed(V: Tensor, norm: Tensor) -> Tensor:
+    """Return ``V`` with ones in the slices of norm 0: a direction, from which their gain can be trained.
+
+    Example:
+        >>> directed(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[5.0], [0.0]]))
+        tensor([[3., 4.],
+                [1., 1.]])
+    """
+    return torch.where(norm == 0, torch.ones_like(V), V)
 
 
 def weight_normalize(V: Tensor, g: Tensor, dim: int) -> Tensor:

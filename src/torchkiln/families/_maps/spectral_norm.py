@@ -12,7 +12,16 @@ from torchkiln._core.sharded import beside, is_sharded, whole
 from torchkiln.families._maps.norms import has_kernel
 from torchkiln.families._maps.precision import full_precision, widen
 
-__all__ = ["Iterate", "as_matrix", "can_look", "divisor", "power_iteration", "spectral_normalize", "unit"]
+__all__ = [
+    "Iterate",
+    "as_matrix",
+    "can_look",
+    "divisor",
+    "power_iteration",
+    "restored",
+    "spectral_normalize",
+    "unit",
+]
 
 _NARROW = (torch.float16, torch.bfloat16)
 # From this many numbers on, reading them less often pays for a call of Python in the backward pass.
@@ -118,6 +127,14 @@ def _unit_at_hand(x: Tensor, eps: float, fallback: Tensor) -> Tensor:
     if length >= eps:
         return x / norm
     return fallback if length == 0 else x / norm.clamp_min(eps)
+
+
+def restored(x: Tensor) -> Tensor:
+    """Return ``x`` at length 1 where it is clearly another, as the average of unit vectors is; else as it is."""
+    wide = widen(x)
+    norm = torch.linalg.vector_norm(wide)
+    is_unit = (norm - 1).abs() <= (1e-4 if x.dtype not in _NARROW else 1e-2)
+    return torch.where(is_unit | (norm == 0), x, (wide / norm).to(x.dtype))
 
 
 def can_look(x: Tensor) -> bool:
