@@ -114,11 +114,9 @@ def _operators(
 
     def value(X: Tensor) -> list[Tensor]:
         Y, kept = map.value(X)
-        # An operator may not return one tensor twice, and has to lay it out as it says below.
-        return [
-            Y.contiguous(),
-            *(Y.clone() if tensor.numel() == 0 else tensor.contiguous() for tensor in kept),
-        ]
+        # An operator may not return one tensor twice, and has to lay them out as it says below.
+        Y = Y.contiguous()
+        return [Y, *(Y.clone() if tensor.numel() == 0 else tensor.contiguous() for tensor in kept)]
 
     def pullback(X: Tensor, kept: list[Tensor], G: Tensor) -> Tensor:
         return map.pullback(X, kept, G).contiguous()

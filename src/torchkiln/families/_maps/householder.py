@@ -28,20 +28,18 @@ __all__ = ["HOUSEHOLDER"]
 _BLOCK = 64
 
 
-def _vectors(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Return V, and the signs of the diagonal of X with zero as negative: weight decay does not change them."""
-    V = X.tril(-1)
-    V.diagonal(dim1=-2, dim2=-1).fill_(1)
-    return V, X.diagonal(dim1=-2, dim2=-1).sign().sub(0.5).sign()
+def _signs(X: Tensor) -> Tensor:
+    """Return the signs of the diagonal of X with zero as negative: weight decay does not change them."""
+    return X.detach().diagonal(dim1=-2, dim2=-1).sign().sub_(0.5).sign_()
 
 
 def _value(X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     if X.device.type != "cpu":
         return _plain(X), ()
-    V, signs = _vectors(X)
-    tau = (V * V).sum(-2).reciprocal_().mul_(2)
+    V = X.tril(-1)
+    tau = (V * V).sum(-2).add_(1).reciprocal_().mul_(2)
     Q: Tensor = torch.linalg.householder_product(V, tau)
-    return Q.mul_(signs.unsqueeze(-2)), ()
+    return Q.mul_(_signs(X).unsqueeze(-2)), ()
 
 
 def _plain(X: Tensor) -> Tensor:
@@ -51,13 +49,14 @@ def _plain(X: Tensor) -> Tensor:
     S = V.mT @ V
     M = S.triu(1) + torch.diag_embed(S.diagonal(dim1=-2, dim2=-1) / 2)
     W = torch.linalg.solve_triangular(M, V[..., :k, :].mT, upper=True)
-    Q: Tensor = (E - V @ W) * _vectors(X.detach())[1].unsqueeze(-2)
+    Q: Tensor = (E - V @ W) * _signs(X).unsqueeze(-2)
     return Q
 
 
 def _pullback(X: Tensor, _kept: Sequence[Tensor], G: Tensor) -> Tensor:
     n, k = X.shape[-2:]
-    V, signs = _vectors(X)
+    V, signs = X.tril(-1), _signs(X)
+    V.diagonal(dim1=-2, dim2=-1).fill_(1)
     U = (V[..., :k, :] * -signs.unsqueeze(-1)).mT
     M = _upper(V, lambda i, j, _: V[..., i:, i:j].mT @ V[..., i:, i:])
     M.diagonal(dim1=-2, dim2=-1).mul_(0.5)

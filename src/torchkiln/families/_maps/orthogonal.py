@@ -6,11 +6,13 @@ Matrices are the last two dimensions, everything before them is a batch. ``X`` i
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from torchkiln.families._maps.cayley import CAYLEY
+from torchkiln.families._maps.exponential import EXPONENTIAL
 from torchkiln.families._maps.householder import HOUSEHOLDER
 from torchkiln.families._maps.precision import widen
+from torchkiln.families._maps.skew import explicit_map, skew
 
 __all__ = [
     "cayley",
@@ -24,31 +26,17 @@ __all__ = [
 ]
 
 
-def skew(X: Tensor) -> Tensor:
-    r"""Return the skew-Hermitian :math:`L - L^H`, ``L`` the lower triangle of ``X`` padded with zero columns to n x n.
-
-    Example:
-        >>> skew(torch.tensor([[1.0, 9.0], [2.0, 1.0]]))
-        tensor([[ 0., -2.],
-                [ 2.,  0.]])
-    """
-    n, k = X.shape[-2:]
-    L = F.pad(X.tril(), (0, n - k))
-    return L - L.mH
+_EXPONENTIAL, _CAYLEY = explicit_map("exponential", EXPONENTIAL), explicit_map("cayley", CAYLEY)
 
 
 def exponential(X: Tensor) -> Tensor:
     r"""Return the first k columns of :math:`\exp(A)`, ``A`` the :func:`skew` of ``X`` (arXiv:1901.08428)."""
-    Q: Tensor = torch.matrix_exp(skew(X))
-    return Q[..., : X.shape[-1]]
+    return _EXPONENTIAL(X)
 
 
 def cayley(X: Tensor) -> Tensor:
     r"""Return the first k columns of :math:`(I - A/2)^{-1} (I + A/2)`, ``A`` the :func:`skew` of ``X``."""
-    half = skew(X) / 2
-    I = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device)  # noqa: E741  # the identity's name
-    Q: Tensor = torch.linalg.solve(I - half, I + half)
-    return Q[..., : X.shape[-1]]
+    return _CAYLEY(X)
 
 
 def householder(X: Tensor) -> Tensor:

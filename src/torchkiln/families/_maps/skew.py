@@ -1,0 +1,156 @@
+r"""Functions of the skew-Hermitian matrix that a tall matrix stands for, at the cost of the tall matrix.
+
+The lower triangle L of X, n x k, stands for :math:`A = L E^H - E L^H`, n x n, with E the first k unit vectors; wanted
+are the first k columns of f(A), :math:`f = \exp` or the Cayley transform. With :math:`X_2 = Q_2 R` the QR factors of
+the rows below the first k,
+
+.. math:: A = W \hat A W^H, \qquad W = \begin{pmatrix} I & 0 \\ 0 & Q_2 \end{pmatrix}, \quad
+    \hat A = \begin{pmatrix} A_{11} & -R^H \\ R & 0 \end{pmatrix}
+
+so f is evaluated for a skew-Hermitian 2k x 2k matrix, as accurately as for an n x n one, however large X is. The
+gradient never differentiates the factors, which have no derivative where X loses rank; f(A) E has one everywhere:
+
+.. math:: \nabla_X = \mathrm{tril}(G_\perp \hat F_{11}^H + W (\hat P - \hat P^H) E)
+
+with :math:`\hat P` the adjoint derivative at :math:`\hat A` of :math:`W^H G E^H`, :math:`\hat F = (f(\hat A) - I)
+\hat A^{-1}` and :math:`G_\perp = G - W W^H G`. Both follow from :math:`f(A) = f(0) I + W (f(\hat A) - f(0) I) W^H` and
+the same identity for the derivative's resolvents (Higham, Functions of Matrices, doi:10.1137/1.9780898717778, 1.35).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from torchkiln.families._maps.explicit import ExplicitMap
+
+__all__ = ["SkewFunction", "explicit_map", "skew"]
+
+Kept = Sequence[Tensor]
+
+
+class SkewFunction(NamedTuple):
+    """A function f of skew-Hermitian matrices A, of 2 or 3 dimensions, with f(0) = I.
+
+    Attributes:
+        value: Returns f(A), and what the next two need.
+        pullback: Returns twice the skew-Hermitian part of the adjoint derivative at A, of a cotangent.
+        quotient: Returns the first k rows and columns of (f(A) - I) A^-1.
+        plain: Returns f(A) by differentiable operations.
+        plain_quotient: Returns (f(M) - I) M^-1 B for any square M, by differentiable operations.
+        kept_like: Returns tensors like those that ``value`` keeps for A.
+    """
+
+    value: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]
+    pullback: Callable[[Tensor, Kept, Tensor], Tensor]
+    quotient: Callable[[Tensor, Kept, int], Tensor]
+    plain: Callable[[Tensor], Tensor]
+    plain_quotient: Callable[[Tensor, Tensor], Tensor]
+    kept_like: Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def skew(X: Tensor) -> Tensor:
+    r"""Return the skew-Hermitian :math:`L - L^H`, ``L`` the lower triangle of ``X`` padded with zero columns to n x n.
+
+    Example:
+        >>> skew(torch.tensor([[1.0, 9.0], [2.0, 1.0]]))
+        tensor([[ 0., -2.],
+                [ 2.,  0.]])
+    """
+    n, k = X.shape[-2:]
+    L = X.tril() if n == k else pad(X.tril(), (0, n - k))
+    return L - L.mH
+
+
+def explicit_map(name: str, f: SkewFunction) -> ExplicitMap:
+    """Return the map from X to the first k columns of f(A)."""
+
+    def value(X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        of = _value_thin if _is_thin(X) else _value_full
+        if X.ndim <= 3:
+            return of(f, X)
+        batch = X.shape[:-2]
+        Y, kept = of(f, X.flatten(0, -3))
+        split = (tensor.reshape(*batch, *tensor.shape[1:]) if tensor.numel() else tensor for tensor in kept)
+        return Y.reshape(X.shape), tuple(split)
+
+    def pullback(X: Tensor, kept: Kept, G: Tensor) -> Tensor:
+        of = _pullback_thin if _is_thin(X) else _pullback_full
+        if X.ndim <= 3:
+            return of(f, X, kept, G)
+        flat = [tensor.flatten(0, X.ndim - 3) for tensor in kept]
+        return of(f, X.flatten(0, -3), flat, G.flatten(0, -3)).reshape(X.shape)
+
+    def plain(X: Tensor) -> Tensor:
+        return _plain_thin(f, X) if _is_thin(X) else f.plain(skew(X))[..., : X.shape[-1]]
+
+    def kept_like(X: Tensor) -> tuple[Tensor, ...]:
+        n, k = X.shape[-2:]
+        if not _is_thin(X):
+            return f.kept_like(X.new_empty(*X.shape[:-1], n))
+        A = X.new_empty(*X.shape[:-2], 2 * k, 2 * k)
+        return X.new_empty(*X.shape[:-2], n - k, k), A, *f.kept_like(A)
+
+    return ExplicitMap(name, value=value, pullback=pullback, plain=plain, kept_like=kept_like)
+
+
+def _is_thin(X: Tensor) -> bool:
+    return X.shape[-2] > 2 * X.shape[-1]
+
+
+# --- n <= 2k: the matrix itself -----------------------------------------------------------------------------------
+
+
+def _value_full(f: SkewFunction, X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    n, k = X.shape[-2:]
+    F, kept = f.value(skew(X))
+    if n > k:
+        return F[..., :k], kept
+    return F, tuple(X.new_empty(0) if tensor is F else tensor for tensor in kept)
+
+
+def _pullback_full(f: SkewFunction, X: Tensor, kept: Kept, G: Tensor) -> Tensor:
+    n, k = X.shape[-2:]
+    P = f.pullback(skew(X), kept, G if n == k else pad(G, (0, n - k)))
+    return P[..., :k].tril()
+
+
+# --- n > 2k: a matrix of 2k rows ----------------------------------------------------------------------------------
+
+
+def _value_thin(f: SkewFunction, X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    k = X.shape[-1]
+    Q, R = torch.linalg.qr(X[..., k:, :])
+    A = _block(skew(X[..., :k, :]), -R.mH, R, torch.zeros_like(R))
+    F, kept = f.value(A)
+    Y = torch.cat([F[..., :k, :k], Q @ F[..., k:, :k]], -2)
+    return Y, (Q, A, *kept)
+
+
+def _pullback_thin(f: SkewFunction, X: Tensor, kept: Kept, G: Tensor) -> Tensor:
+    k = X.shape[-1]
+    Q, A, *rest = kept
+    below = Q.mH @ G[..., k:, :]
+    P = f.pullback(A, rest, pad(torch.cat([G[..., :k, :], below], -2), (0, k)))
+    F = f.quotient(A, rest, k).mH
+    lower = G[..., k:, :] @ F + Q @ (P[..., k:, :k] - below @ F)
+    return torch.cat([P[..., :k, :k].tril(), lower], -2)
+
+
+def _plain_thin(f: SkewFunction, X: Tensor) -> Tensor:
+    r"""With :math:`A = P R^H`, P = [L, -E], R = [E, L]: :math:`f(A) E = E + P\, q(R^H P) R^H E`, q the quotient."""
+    n, k = X.shape[-2:]
+    L = X.tril()
+    top = L[..., :k, :]
+    I = torch.eye(k, dtype=X.dtype, device=X.device).expand_as(top)  # noqa: E741  # the identity's name
+    M = _block(top, -I, L.mH @ L, -top.mH)
+    first, second = f.plain_quotient(M, torch.cat([I, top.mH], -2)).chunk(2, -2)
+    return L @ first + pad(I - second, (0, 0, 0, n - k))
+
+
+def _block(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    return torch.cat([torch.cat([a, b], -1), torch.cat([c, d], -1)], -2)
