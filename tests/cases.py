@@ -16,6 +16,9 @@ from torchkiln.testing._catalogue import Row, example_of, rows
 
 ROWS = list(rows())
 
+# These differ from the others in shape alone, and so run with the slow tests.
+SLOW_KINDS = {"not contiguous", "square", "wide"}
+
 # What every case is put to; the other laws do not depend on the kind of tensor, and hold for the rows themselves.
 CASE_LAWS = ("shape", "membership", "inverse", "training", "bake", "copy")
 
@@ -47,8 +50,13 @@ def cases() -> Iterator[Case]:
 
 def _other_shapes(row: Row) -> Iterator[Case]:
     family, example = row
-    if type(family).__name__ not in FIXED_SHAPE:
+    name = type(family).__name__
+    if name not in FIXED_SHAPE:
         yield Case("one number", row, example_of(family, (1, 1)))
+        if name not in NEEDS_ROWS:
+            yield Case(
+                "no rows", row, example_of(family, (0, 0) if family.square or name == "Chain" else (0, 3))
+            )
         if family.event_dim == 2 and not family.square:
             yield Case("square", row, example_of(family, (4, 4)))
             yield Case("wide", row, example_of(family, (3, 5)))
@@ -64,6 +72,10 @@ FIXED_SHAPE = {
     "ConvSpectralNorm",  # a kernel has three dimensions at least
     "WeightStandardization",  # one weight per channel has no deviation
 }
+
+
+# Without a row they have no norm, no first entry, no rank of 1; they refuse.
+NEEDS_ROWS = {"SpectralNorm", "Toeplitz", "Hankel", "DiagonalPlusLowRank"}
 
 
 def _takes_complex(row: Row) -> bool:

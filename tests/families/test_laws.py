@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cases import CASE_LAWS, CASES, ROWS, Case
+from cases import CASE_LAWS, CASES, ROWS, SLOW_KINDS, Case
 from torchkiln.testing import check
 from torchkiln.testing._catalogue import Row, names
 
@@ -15,7 +15,13 @@ def test_every_law_holds_for_every_family(row: Row) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id, marks=[pytest.mark.slow] if case.kind in SLOW_KINDS else [])
+        for case in CASES
+    ],
+)
 def test_the_laws_hold_for_every_kind_of_tensor(case: Case) -> None:
     report = check(case.row.family, case.example, laws=CASE_LAWS)
     assert report.ok, str(report)

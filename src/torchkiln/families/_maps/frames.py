@@ -53,7 +53,7 @@ def gram_residual(Q: Tensor) -> Tensor:
 def nearest_frame(A: Tensor) -> Tensor:
     """Return ``A`` where its columns are orthonormal to the rounding, else the nearest matrix with such columns."""
     if A.numel() == 0:
-        return A
+        return A.clone()
     tolerance = 10 * A.shape[-2] * torch.finfo(A.dtype).eps
     on = gram_residual(A).abs().amax((-2, -1), keepdim=True) <= tolerance
     return torch.where(on, A, polar(A))
@@ -61,6 +61,8 @@ def nearest_frame(A: Tensor) -> Tensor:
 
 def nearest_rotation(A: Tensor) -> Tensor:
     """Return the nearest matrix of determinant 1 with orthonormal columns, for a square ``A``."""
+    if A.numel() == 0:
+        return A.clone()
     U, _, Vh = torch.linalg.svd(A)
     sign = torch.linalg.det(U @ Vh).sign()
     flip = torch.ones_like(A[..., 0])
