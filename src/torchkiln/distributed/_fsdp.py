@@ -23,7 +23,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from torchkiln._core.attributes import parameter_like
-from torchkiln._core.chain import chains_of, is_parametrized
+from torchkiln._core.chain import chains_of, is_parametrized, set_data
 from torchkiln._core.errors import ParametrizationError
 
 __all__ = ["balance", "reshard", "shard_step", "versions"]
@@ -36,14 +36,32 @@ class Slot(NamedTuple):
     name: str
 
 
-def groups_of(modules: Iterable[nn.Module]) -> list[FSDPParamGroup]:
-    """Return the groups that have a parameter of ``modules``, or of their chains."""
-    holders = {id(holder) for module in modules for holder in _holders(module)}
-    return [
+class _Scope(NamedTuple):
+    """What belonged to a module when its parameters were about to change: what is in no chain any more, too."""
+
+    groups: list[weakref.ref[FSDPParamGroup]]
+    holders: weakref.WeakSet[nn.Module]
+
+
+_scopes: weakref.WeakKeyDictionary[nn.Module, _Scope] = weakref.WeakKeyDictionary()
+
+
+def _look(module: nn.Module) -> list[FSDPParamGroup]:
+    """Return the groups that have a parameter of ``module``, or of its chains; remember them and what holds it."""
+    holders = weakref.WeakSet(_holders(module))
+    groups = [
         group
         for group in _all_groups()
-        if any(id(slot.holder) in holders for entry in group.fsdp_params for slot in _slots_of(entry))
+        if any(slot.holder in holders for entry in group.fsdp_params for slot in _slots_of(entry))
     ]
+    if groups or module not in _scopes:
+        _scopes[module] = _Scope(list(map(weakref.ref, groups)), holders)
+    return groups
+
+
+def groups_of(modules: Iterable[nn.Module]) -> list[FSDPParamGroup]:
+    """Return the groups that have a parameter of ``modules``, or of their chains."""
+    return _unique(group for module in modules for group in _look(module))
 
 
 def _all_groups() -> Iterator[FSDPParamGroup]:
@@ -117,21 +135,37 @@ def _check_dimensions(parameter: Tensor, what: str) -> None:
 
 def balance(modules: Sequence[nn.Module]) -> None:
     """Bring the books up to what ``modules`` have now; what is right already stays."""
-    groups = groups_of(modules)
-    found = _found(modules) if groups else {}
-    templates = [(group, _follow(group, found)) for group in groups]
-    booked = {id(entry.sharded_param) for group in groups for entry in group.fsdp_params}
+    for module in modules:
+        if module not in _scopes:
+            _look(module)
+    scopes = [(module, _scopes[module]) for module in modules]
+    groups = {module: [group for ref in scope.groups if (group := ref())] for module, scope in scopes}
+    involved = _unique(group for found in groups.values() for group in found)
+    if not involved:
+        return
+    found = _found(modules)
+    changed = {id(holder) for _, scope in scopes for holder in scope.holders}
+    changed |= {id(slot.holder) for slots in found.values() for slot in slots}
+    templates = {id(group): list(group.fsdp_params) for group in involved}
+    for group in involved:
+        _follow(group, found, changed)
+    booked = {id(entry.sharded_param) for group in involved for entry in group.fsdp_params}
+    owners = {id(holder): module for module in modules for holder in _holders(module)}
     for key, slots in found.items():
         parameter: Any = slots[0].holder._parameters[slots[0].name]
         if key not in booked and isinstance(parameter, DTensor):
-            group, template = _fitting(templates, parameter)
-            _enter(group, template, parameter, slots)
-    for group, _ in templates:
+            mine = groups[owners[id(slots[0].holder)]]
+            _enter(*_fitting(mine, templates, parameter), parameter, slots)
+    for group in involved:
         _renew(group)
-    for holder in (holder for module in modules for holder in _holders(module) if groups):
+    for holder in (holder for module in modules if groups[module] for holder in _holders(module)):
         _entries.pop(holder, None)
         holder._is_fsdp_managed_module = True  # type: ignore[assignment]  # as fully_shard marks them
         holder._fsdp_use_orig_params = True  # type: ignore[assignment]
+
+
+def _unique(groups: Iterable[FSDPParamGroup]) -> list[FSDPParamGroup]:
+    return list({id(group): group for group in groups}.values())
 
 
 def _found(modules: Sequence[nn.Module]) -> dict[int, list[Slot]]:
@@ -144,23 +178,23 @@ def _found(modules: Sequence[nn.Module]) -> dict[int, list[Slot]]:
     return found
 
 
-def _follow(group: FSDPParamGroup, found: dict[int, list[Slot]]) -> FSDPParam:
-    """Point the entries of ``group`` to where their parameters are, strike out the others; return one as a template."""
-    template = group.fsdp_params[0]
+def _follow(group: FSDPParamGroup, found: dict[int, list[Slot]], changed: set[int]) -> None:
+    """Point the entries of ``group`` to where their parameters are, and strike out those whose are nowhere."""
     kept = []
     for entry in group.fsdp_params:
         slots = [
-            slot for slot in _slots_of(entry) if slot.holder._parameters.get(slot.name) is entry.sharded_param
+            slot
+            for slot in _slots_of(entry)
+            if id(slot.holder) not in changed
+            and slot.holder._parameters.get(slot.name) is entry.sharded_param
         ]
         slots += [slot for slot in found.get(id(entry.sharded_param), ()) if slot not in slots]
         if slots:
             kept.append(entry)
             _point(entry, slots)
         else:
-            template = entry
             entry._post_load_hook_handle.remove()
     group.fsdp_params = kept
-    return template
 
 
 def _point(entry: FSDPParam, slots: list[Slot]) -> None:
@@ -176,12 +210,13 @@ def _point(entry: FSDPParam, slots: list[Slot]) -> None:
 
 
 def _fitting(
-    templates: list[tuple[FSDPParamGroup, FSDPParam]], parameter: DTensor
+    groups: list[FSDPParamGroup], templates: dict[int, list[FSDPParam]], parameter: DTensor
 ) -> tuple[FSDPParamGroup, FSDPParam]:
-    """Return the group that shards over the mesh of ``parameter``."""
-    for group, template in templates:
-        if template._sharding_spec.mesh == parameter.device_mesh:
-            return group, template
+    """Return a group, and an entry that it has or had, which is sharded over the mesh of ``parameter``."""
+    for group in groups:
+        for template in templates[id(group)]:
+            if template._sharding_spec.mesh == parameter.device_mesh:
+                return group, template
     raise ParametrizationError(
         f"a new parameter of shape {tuple(parameter.shape)} is sharded over {parameter.device_mesh}, and no group of "
         "FSDP shards over that.\nShard the parameters of a parametrization over the mesh of its module."
@@ -203,6 +238,10 @@ def _enter(group: FSDPParamGroup, template: FSDPParam, parameter: DTensor, slots
         group.mp_policy,
         group.offload_policy,
     )
+    wanted = entry._sharding_spec.placements
+    if parameter.placements != wanted:  # computed for all of the axis, where FSDP shards whatever there is
+        data: Any = parameter.detach()
+        set_data(parameter, data.redistribute(placements=wanted))
     # It has made a parameter without data for the places; the real one takes its part.
     entry.sharded_param = parameter  # type: ignore[assignment]  # an nn.Parameter that is a DTensor
     for slot in slots:
