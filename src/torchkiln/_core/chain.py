@@ -17,6 +17,7 @@ from torchkiln._core.errors import InverseError, ParametrizationError
 from torchkiln._core.sharded import Placements, evaluate, invert, is_sharded, placements_of
 
 __all__ = [
+    "TORCHS_MODULE",
     "ParametrizationList",
     "chains_of",
     "copy_settings",
@@ -26,7 +27,13 @@ __all__ = [
     "register_tensor",
     "set_data",
     "steps_of",
+    "tensors_within",
+    "within",
 ]
+
+# Some code compares the whole name of an injected class with torch's (brevitas does), and fx decides by it what a leaf
+# is.
+TORCHS_MODULE = "torch.nn.utils.parametrize"
 
 
 _MODULE_CALL = nn.Module.__call__
@@ -75,7 +82,7 @@ class ParametrizationList(nn.ModuleList):
         if len(modules) == 0:
             raise ParametrizationError("ParametrizationList requires one or more modules.")
         super().__init__(modules)
-        self.__dict__["__module__"] = "torch.nn.utils.parametrize"  # torch.fx decides by it what a leaf is
+        self.__dict__["__module__"] = TORCHS_MODULE
         # Set, though the class has it: torch.compile tells an attribute of the instance from one of the class.
         self._disabled_steps = ()
         self.unsafe = unsafe
@@ -352,6 +359,22 @@ def insert_before(names: list[str], name: str, followers: tuple[str, ...]) -> No
     names.insert(
         next((names.index(follower) for follower in followers if follower in names), len(names)), name
     )
+
+
+def within(root: nn.Module) -> list[nn.Module]:
+    """Return ``root`` and the modules in it, each once: ``root.modules()`` at a fraction of its cost."""
+    found = [root]
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and not any(child is one for one in found):
+                found.append(child)
+    return found
+
+
+def tensors_within(root: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers in ``root``."""
+    held = [(*module._parameters.values(), *module._buffers.values()) for module in within(root)]
+    return [tensor for tensors in held for tensor in tensors if tensor is not None]
 
 
 def register_tensor(module: nn.Module, name: str, tensor: Tensor, *, persistent: bool = True) -> None:

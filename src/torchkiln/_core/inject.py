@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.cache import any_scope_open, cached_value, evaluate_once
-from torchkiln._core.chain import ParametrizationList
+from torchkiln._core.chain import TORCHS_MODULE, ParametrizationList
 from torchkiln._core.distribute import APPLIED, applied
 from torchkiln._core.errors import ComputedTensorError
 from torchkiln._core.spellings.respell import read_every_spelling
@@ -27,9 +27,6 @@ from torchkiln._core.stand_in import SWAP, swap_in, swapped_out
 from torchkiln._core.writes import watched
 
 __all__ = ["base_class", "chain_of", "parametrized_class", "set_names"]
-
-# Some code compares the whole class name with torch's (brevitas does), and fx decides by it what a leaf is.
-_MODULE = "torch.nn.utils.parametrize"
 
 _in_dynamo = torch.compiler.is_dynamo_compiling  # it cannot trace what looks at frames
 
@@ -108,7 +105,7 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 def _new_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     name = f"Parametrized{base.__name__}"
     namespace = {
-        "__module__": _MODULE,
+        "__module__": TORCHS_MODULE,
         "__qualname__": name,
         "__getattr__": _missing_attribute(base),
         "__reduce_ex__": _reduce_ex,
@@ -247,7 +244,9 @@ def base_class(cls: type) -> type[nn.Module] | None:
 def _is_injected(cls: type) -> bool:
     ours = "_parametrized_names" in vars(cls)
     return ours or (
-        cls.__module__ == _MODULE and cls.__name__.startswith("Parametrized") and len(cls.__bases__) == 1
+        cls.__module__ == TORCHS_MODULE
+        and cls.__name__.startswith("Parametrized")
+        and len(cls.__bases__) == 1
     )
 
 

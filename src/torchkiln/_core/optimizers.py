@@ -8,7 +8,7 @@ optimizers that it is given, in the same group and position, and hands the state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -261,7 +261,22 @@ def _has_values_of(old: Tensor, new: Tensor) -> bool:
 
 def parameters_of(chain: nn.Module, name: str) -> tuple[Named, Named]:
     """Return the parameters that the chain of tensor ``name`` starts from, and those of its steps, by their names."""
-    named = {f"parametrizations.{name}.{key}": (key, p) for key, p in chain.named_parameters()}
-    is_step = {full: key.partition(".")[0].isdecimal() for full, (key, _) in named.items()}
-    originals = {full: p for full, (_, p) in named.items() if not is_step[full]}
-    return originals, {full: p for full, (_, p) in named.items() if is_step[full]}
+    originals: dict[str, nn.Parameter] = {}
+    extra: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for key, p in _named(chain):
+        if id(p) not in seen:
+            is_step = key.partition(".")[0].isdecimal()
+            (extra if is_step else originals)[f"parametrizations.{name}.{key}"] = p
+            seen.add(id(p))
+    return originals, extra
+
+
+def _named(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what ``module.named_parameters(remove_duplicate=False)`` does, at a fraction of its cost."""
+    for key, p in module._parameters.items():
+        if p is not None:
+            yield prefix + key, p
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _named(child, f"{prefix}{key}.")

@@ -17,6 +17,8 @@ from torchkiln._core.chain import (
     original_names,
     register_tensor,
     set_data,
+    tensors_within,
+    within,
 )
 from torchkiln._core.engine import balance, prepare
 from torchkiln._core.errors import ParametrizationError, describe
@@ -121,7 +123,7 @@ def _exchange(place: Place, value: Tensor, *, keep_object: bool, optimizer: Opti
     replacement = Replacement(module, name, label(place, None), before, extra)
     kept = surviving_original(chain)
     with all_or_nothing(module, *([] if kept is None else [kept])):
-        settle(module, name, value, keep_object=keep_object or value is kept)
+        _settle(module, name, value, kept if keep_object or value is kept else None)
         balance([module])
         plain = module._parameters.get(name)
         replacement.after = {} if plain is None else {name: plain}
@@ -170,7 +172,7 @@ def _is_shared(value: Tensor, chain: nn.Module) -> bool:
     if not _has_plain_memory(value):
         return False
     storage = value.untyped_storage()
-    others = (tensor for tensor in (*chain.parameters(), *chain.buffers()) if _has_plain_memory(tensor))
+    others = filter(_has_plain_memory, tensors_within(chain))
     pointers = {tensor.untyped_storage().data_ptr() for tensor in others}
     return storage.data_ptr() in pointers or storage.nbytes() != value.numel() * value.element_size()
 
@@ -185,7 +187,11 @@ def leaf_originals(chain: nn.Module) -> Iterator[Tensor]:
         inner = chain_of(chain, name)
         if inner is not None:
             yield from leaf_originals(inner)
-        elif isinstance(original := getattr(chain, name), Tensor):
+            continue
+        original = chain._parameters.get(name)
+        if original is None:  # a buffer, or an opaque object
+            original = getattr(chain, name)
+        if isinstance(original, Tensor):
             yield original
 
 
@@ -205,17 +211,18 @@ def settle(module: nn.Module, name: str, value: Tensor, *, keep_object: bool = T
         keep_object: Let the one original be the tensor, where there is one of ``value``'s dtype and device. False
             makes a new tensor, for an original that is in use elsewhere.
     """
-    chain = chains_of(module)[name]
-    survivor = surviving_original(chain) if keep_object else None
-    if survivor is not None and (survivor.dtype, survivor.device) != (value.dtype, value.device):
-        survivor = None
+    survivor = surviving_original(chains_of(module)[name]) if keep_object else None
     with all_or_nothing(module, *([] if survivor is None else [survivor])):
-        if survivor is None:
-            tensor = new_tensor(value, chain)
-        else:
-            _take_over(survivor, value)
-            tensor = survivor
-        _put_back(module, name, tensor)
+        _settle(module, name, value, survivor)
+
+
+def _settle(module: nn.Module, name: str, value: Tensor, survivor: Tensor | None) -> None:
+    if survivor is None or (survivor.dtype, survivor.device) != (value.dtype, value.device):
+        tensor = new_tensor(value, chains_of(module)[name])
+    else:
+        _take_over(survivor, value)
+        tensor = survivor
+    _put_back(module, name, tensor)
 
 
 def _take_over(survivor: Tensor, value: Tensor) -> None:
@@ -237,7 +244,8 @@ def new_tensor(value: Tensor, chain: nn.Module) -> Tensor:
     originals = [original for original in leaf_originals(chain) if isinstance(original, nn.Parameter)]
     if not originals:
         return value.detach()
-    trains = any(parameter.requires_grad for parameter in chain.parameters())
+    parameters = (p for one in within(chain) for p in one._parameters.values() if p is not None)
+    trains = any(p.requires_grad for p in parameters)
     trains = trains and (value.is_floating_point() or value.is_complex())
     return parameter_like(value, originals, requires_grad=trains)
 

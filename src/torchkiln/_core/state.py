@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchkiln._core.chain import chains_of, is_parametrized
+from torchkiln._core.chain import chains_of, is_parametrized, within
 from torchkiln._core.sharded import beside
 from torchkiln._core.tracing import is_recorded
 
@@ -157,7 +157,7 @@ def _commit_after_forward(module: nn.Module, _arguments: Any, _output: Any) -> N
 def _advancing_steps(module: nn.Module) -> Iterator[AdvancingStep]:
     if is_parametrized(module):
         for chain in chains_of(module).values():
-            for step in chain.modules():
+            for step in within(chain):
                 if isinstance(step, AdvancingStep):
                     yield step
 
@@ -168,7 +168,7 @@ def frozen(chain: nn.Module) -> Iterator[None]:
 
     Steps that advance are put into eval mode for the time of the context; all others run in the mode they are in.
     """
-    advancing = [step for step in chain.modules() if step.training and advances_state(step)]
+    advancing = [step for step in within(chain) if step.training and advances_state(step)]
     for step in advancing:
         step.training = False
     try:
