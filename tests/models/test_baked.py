@@ -158,7 +158,7 @@ def test_an_error_inside_puts_everything_back_and_goes_on(
 
 def test_a_value_that_is_not_finite_changes_nothing(model: nn.Module) -> None:
     with torch.no_grad():
-        model.get_parameter("0.parametrizations.weight.original1").zero_()
+        model.get_parameter("0.parametrizations.weight.original0").fill_(torch.inf)
     before = whole(model)
     with pytest.raises(ParametrizationError, match=r"^0\.weight: 16 of 16 values"), baked(model):
         pytest.fail("entered")
