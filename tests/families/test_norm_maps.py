@@ -73,6 +73,56 @@ def test_spectral_normalize_differentiates_with_constant_vectors():
     )
 
 
+@pytest.fixture
+def _every_weight_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectral_norm, "LARGE", 0)
+
+
+LARGE = pytest.mark.usefixtures("_every_weight_is_large")
+
+
+@LARGE
+@pytest.mark.parametrize(("coefficient", "cap"), [(1.0, False), (2.0, False), (0.1, True), (100.0, True)])
+@pytest.mark.parametrize(("shape", "dim"), [((4, 3), 0), ((2, 3, 4), 1), ((2, 3, 4), 2)])
+def test_the_gradient_for_large_weights_is_the_derivative(shape, dim, coefficient, cap):
+    rows = spectral_norm.as_matrix(torch.empty(shape), dim).shape
+    at = Iterate(*(torch.nn.functional.normalize(free((n,)), dim=0) for n in rows))
+
+    def normalize(W: Tensor) -> Tensor:
+        return spectral_norm.spectral_normalize(W, at, dim, coefficient=coefficient, cap=cap)
+
+    W = free(shape).requires_grad_()
+    assert gradcheck(normalize, W)
+    assert gradgradcheck(normalize, W)
+
+
+@LARGE
+def test_large_and_small_weights_are_divided_alike():
+    W = free((4, 3)).requires_grad_()
+    u, v = (torch.nn.functional.normalize(free((n,)), dim=0) for n in W.shape)
+    image = W.detach().mT @ u
+    large = [spectral_norm.spectral_normalize(W, Iterate(u, v, known), 0) for known in (None, image)]
+    expected = W / torch.dot(u, W @ v)
+    G = free((4, 3))
+    for one in large:
+        torch.testing.assert_close(one, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(one, W, G), torch.autograd.grad(expected, W, G, retain_graph=True)
+        )
+    assert torch.equal(*large)
+
+
+@LARGE
+def test_a_large_weight_that_is_written_to_before_the_backward_pass_is_an_error():
+    W = free((4, 3)).requires_grad_()
+    u, v = (torch.nn.functional.normalize(free((n,)), dim=0) for n in W.shape)
+    value = spectral_norm.spectral_normalize(W, Iterate(u, v), 0)
+    with torch.no_grad():
+        W.add_(1)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*version 1, expected 0"):
+        value.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_spectral_normalize_rounds_once(dtype):
     W, u, v = free((4, 3)).to(dtype), free((4,)).to(dtype), free((3,)).to(dtype)
