@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done, 1 the answer is no or a file could not be handled, 2 wrong usage or a missing extra, 130 interrupted,
+        143 and 129 ended by SIGTERM and SIGHUP,
         141 the reader of the output went away.
     """
     try:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, TextIO, cast
+from typing import Annotated, NoReturn, TextIO, cast
 
 import torch
 import typer
@@ -49,6 +51,7 @@ from torchkiln._core.errors import TorchkilnError, TorchkilnWarning
 __all__ = ["run"]
 
 _NO, _USAGE, _INTERRUPTED = 1, 2, 130
+_SIGNALLED = 128
 
 # Recent typer carries its own copy of click, older typer imports it: the class is whichever typer itself raises.
 _ClickException = cast("type[Exception]", typer.BadParameter.__mro__[2])
@@ -65,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status; foreseen errors end as a few lines on stderr."""
     _accept_any_name(sys.stdout)
     try:
-        with _warnings_on_stderr():
+        with _warnings_on_stderr(), _ended_by_signals():
             words = list(arguments) or ["--help"]
             status = int(app(args=words, prog_name="torchkiln", standalone_mode=False, obj=words) or 0)
     except _ClickException as error:
@@ -74,6 +77,9 @@ def run(arguments: Sequence[str]) -> int:
         status = _refuse(error, status=_NO)
     except (KeyboardInterrupt, typer.Abort):
         status = _INTERRUPTED
+    except _Signalled as signalled:
+        _console.complain("error", f"ended by {signal.Signals(signalled.number).name}")
+        status = _SIGNALLED + signalled.number
     if not arguments:
         return _USAGE
     if status == _INTERRUPTED:
@@ -100,7 +106,7 @@ def torchkiln_command(
       1    the answer is no, or a file could not be handled
            (nothing to fold, a difference found, a file refused)
       2    wrong usage, or an extra is not installed
-      130  interrupted
+      130  interrupted (143 by SIGTERM, 129 by SIGHUP)
     """
     if version:
         typer.echo(f"torchkiln {torchkiln.__version__} (torch {torch.__version__})")
@@ -363,6 +369,34 @@ def _refuse(error: Exception, *, status: int) -> int:
     else:
         _console.complain("error", error)
     return status
+
+
+class _Signalled(BaseException):
+    """The process was asked to end: what it was writing is removed on the way out, as after control-C."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Raise where the system would end the process at once: schedulers and closed terminals send these signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _frame: object) -> NoReturn:
+        raise _Signalled(number)
+
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    usual = {
+        number: signal.signal(number, end) for number in numbers if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

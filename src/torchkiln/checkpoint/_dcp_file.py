@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError
 from torchkiln.checkpoint._bytes import Extent, InputFile
+from torchkiln.checkpoint._dcp_pickle import load_plain
 from torchkiln.checkpoint._io import (
     Change,
     CheckpointFile,
@@ -31,45 +32,6 @@ __all__ = ["METADATA", "open_dcp"]
 
 METADATA = ".metadata"
 _MOST_METADATA_BYTES = 1 << 30
-
-# Everything that the metadata of a distributed checkpoint is made of. All are plain data, whatever they are given.
-_ALLOWED: dict[str, frozenset[str]] = {
-    "torch.distributed.checkpoint.metadata": frozenset(
-        {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        }
-    ),
-    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
-    "torch.serialization": frozenset({"_get_layout"}),
-    "torch": frozenset({"Size"}),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds those classes and no others, where torch's own reader would run whatever the pickle says."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.startswith("pathlib") and name.endswith("Path"):
-            return _Text  # where it was saved to, which nothing here needs
-        raise CheckpointError(f"{module}.{name} is not a part of the metadata of a checkpoint")
-
-
-class _Text(tuple):  # type: ignore[type-arg]  # of whatever parts a path has
-    """The parts of a path, which is not to be one."""
-
-    def __new__(cls, *parts: Any) -> _Text:
-        return super().__new__(cls, parts)
 
 
 def open_dcp(path: Path) -> CheckpointFile:
@@ -107,17 +69,7 @@ def _damage(path: Path):  # type: ignore[no-untyped-def]  # a generator of nothi
 def _metadata(file: InputFile) -> Any:
     if file.size > _MOST_METADATA_BYTES:
         raise CheckpointError(f"{file.path}: {file.size:,} bytes of metadata are too many.")
-    data = file.read(0, file.size)
-    try:
-        metadata = _Unpickler(io.BytesIO(data)).load()
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{file.path}: loading it would run code: {error}.\nSave the checkpoint again where you trust it."
-        ) from None
-    except Exception as error:  # pickles are damaged in as many ways as there are opcodes
-        raise CheckpointError(
-            f"{file.path}: truncated or corrupt metadata ({type(error).__name__})."
-        ) from error
+    metadata = load_plain(file.read(0, file.size), file.path)
     from torch.distributed.checkpoint.metadata import Metadata
 
     if not isinstance(metadata, Metadata):
@@ -143,13 +95,25 @@ class _DcpFile(CheckpointFile):
         self._metadata = metadata
         stored = metadata.state_dict_metadata
         self._paths = {name: _path(metadata, name) for name in stored}
-        self._bytes = {name: one for name, one in stored.items() if not hasattr(one, "chunks")}
         self._where: dict[tuple[str, tuple[int, ...]], Extent] = {}
         for index, info in metadata.storage_data.items():
             extent = _extent(files[info.relative_path], info)
             self._where[index.fqn, tuple(index.offset or ())] = extent
+        self._values = {
+            name: self._where[name, ()] for name, one in stored.items() if not hasattr(one, "chunks")
+        }
+        self._check_apart()
         self.groups = self._grouped({name: one for name, one in stored.items() if hasattr(one, "chunks")})
         self.remarks = ()
+
+    def _check_apart(self) -> None:
+        """Raise if two parts have bytes in common: a small file could claim to be as large as it likes."""
+        places = sorted(
+            (str(part.file.path), part.offset, part.length) for part in self._where.values() if part.length
+        )
+        for (path, start, length), (other, begin, _) in pairwise(places):
+            if path == other and begin < start + length:
+                raise ValueError(f"two of its parts have byte {begin:,} of {Path(path).name} in common")
 
     def _grouped(self, tensors: Mapping[str, Any]) -> tuple[Group, ...]:
         entries: dict[tuple[str, ...], dict[str, Entry]] = {}
@@ -211,9 +175,9 @@ class _DcpFile(CheckpointFile):
             for key, output in items.items():
                 made = self._reading(group, output.key) if isinstance(output, Kept) else output
                 place[key] = content.hold(placeholder(made.entry), made)
-        for name in self._bytes:
+        for name, extent in self._values.items():
             *around, key = self._paths[name]
-            _descend(root, tuple(around))[key] = _load(self._where[name, ()], name)
+            _descend(root, tuple(around))[key] = _load(extent, name)
         content.root = root
         return content
 

@@ -23,6 +23,8 @@ from torchkiln.checkpoint._team import Team
 __all__ = ["SafetensorsSink", "flat"]
 
 INDEX = "model.safetensors.index.json"
+# A tensor that was expanded is stored with strides of zero. It is written out as long as that is no bomb.
+_MOST_REPEATS, _SMALL = 64, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,15 @@ def contiguous(tensor: Tensor, content: Content) -> Piece:
 
 
 def gathered(tensor: Tensor, extent: Extent) -> Tensor:
-    """Return the values of a placeholder as a contiguous tensor."""
+    """Return the values of a placeholder as a contiguous tensor.
+
+    Raises:
+        CheckpointError: They cannot be read, or strides of zero make very many of few.
+    """
+    if tensor.numel() * tensor.element_size() > max(_MOST_REPEATS * extent.length, _SMALL):
+        raise CheckpointError(
+            f"{extent.file.path}: {extent.length:,} bytes are said to be a tensor of shape {tuple(tensor.shape)}."
+        )
     start, size = int(tensor.storage_offset()), tensor.element_size()
     length = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() == 0:

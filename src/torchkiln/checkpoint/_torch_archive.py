@@ -38,6 +38,7 @@ def read_archive(path: Path, file: InputFile) -> dict[str, Extent]:
         if name in records:
             raise CheckpointError(f"{path}: truncated or corrupt zip file ({name!r} is there twice).")
         records[name] = _record(path, file, info)
+    _check_apart(path, records)
     _check_kind(path, records)
     return records
 
@@ -59,6 +60,18 @@ def _record(path: Path, file: InputFile, info: zipfile.ZipInfo) -> Extent:
         )
     # torch writes 0 where it was told not to compute checksums.
     return Extent(file, start, info.file_size, info.CRC or None)
+
+
+def _check_apart(path: Path, records: dict[str, Extent]) -> None:
+    """Raise if two records have bytes in common: a small file could claim to be as large as it likes."""
+    places = sorted((extent.offset, extent.length, name) for name, extent in records.items())
+    end = 0
+    for start, length, name in places:
+        if start < end:
+            raise CheckpointError(
+                f"{path}: truncated or corrupt zip file ({name!r} overlaps another record)."
+            )
+        end = start + length
 
 
 def _check_kind(path: Path, records: dict[str, Extent]) -> None:

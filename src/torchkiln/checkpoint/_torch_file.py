@@ -149,8 +149,6 @@ class _TorchFile(CheckpointFile):
         tensor = self._tensors[group][key]
         if not tensor.is_meta:
             return tensor
-        if nbytes(_entry(tensor)) > max(64 * tensor.untyped_storage().nbytes(), 1 << 24):
-            raise CheckpointError(f"{self.path}: {key}: its few bytes are said to be {tuple(tensor.shape)}.")
         extent = cast(Extent, self._held.piece(tensor.untyped_storage()))
         return as_stored(gathered(tensor.detach(), extent), [tensor])
 

@@ -1,0 +1,41 @@
+"""What fuzzing found is read again in every run, and hypothesis makes up more where no fuzzer runs."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.targets import TARGETS, read_everything, seeds
+
+FOUND = sorted(path for path in (Path(__file__).parent / "found").rglob("*") if path.is_file())
+
+# torch warns of protocols and dtypes that damage makes up.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_what_was_found_is_refused(path: Path, tmp_path: Path) -> None:
+    assert not read_everything(TARGETS[path.parent.name], path.read_bytes(), tmp_path)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_seeds_are_checkpoints(name: str, tmp_path: Path) -> None:
+    assert [read_everything(TARGETS[name], seed, tmp_path) for seed in seeds(name)].count(False) == 0
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_damaged_seeds_are_read_or_refused(name: str, data: st.DataObject) -> None:
+    """Cut, repeat and overwrite pieces, which keeps more of the structure than single bytes do."""
+    content = bytearray(data.draw(st.sampled_from(list(seeds(name)))))
+    for _ in range(data.draw(st.integers(1, 3))):
+        start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
+        piece = data.draw(st.one_of(st.binary(max_size=12), st.just(bytes(content[start:stop][:100]) * 2)))
+        content[start:stop] = piece
+    with tempfile.TemporaryDirectory() as folder:
+        read_everything(TARGETS[name], bytes(content), Path(folder))
