@@ -30,7 +30,8 @@ from torchkiln.parametrize import register_parametrization
 
 layer = nn.Linear(8, 8)
 family = Orthogonal()
-print(family.residual(layer.weight), family.displacement(layer.weight))  # how far off, and how far it will move
+print(family.residual(layer.weight))  # how far off it is
+print(family.displacement(layer.weight))  # and how far registering will move it
 register_parametrization(layer, "weight", family)
 assert family.residual(layer.weight) < 1e-5
 ```
