@@ -196,6 +196,7 @@ PUBLIC: dict[str, list[str]] = {
         "convert",
         "inspect",
         "load",
+        "load_weights",
         "save",
         "verify",
     ],

@@ -30,10 +30,13 @@ from torchkiln._core.errors import ParametrizationError
 __all__ = [
     "beside",
     "distributed_like",
+    "empty_like_sharded",
     "evaluate",
+    "gather_module",
     "holds_everywhere",
     "invert",
     "is_sharded",
+    "laid_out_as",
     "placements_of",
     "replicated_like",
     "settled",
@@ -113,6 +116,48 @@ def replicated_like(tensor: Tensor, like: Tensor) -> Tensor:
 
     mesh = cast(Any, like).device_mesh
     return distribute_tensor(tensor.contiguous(), mesh, [_replicate()] * mesh.ndim)
+
+
+def empty_like_sharded(own: Tensor, like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return a tensor without values, laid out as ``own`` is if that has its shape, else shared out along dimension 0.
+
+    Args:
+        own: What is going to take its values, if nothing has to be converted.
+        like: A tensor that is sharded over the processes in question.
+        shape: Its shape.
+        dtype: Its dtype.
+    """
+    from torch.distributed.tensor import Shard, empty
+
+    if own.shape == shape and not is_sharded(own):
+        return torch.empty(shape, dtype=dtype, device=own.device)
+    mesh, placements = cast(Any, like).device_mesh, [Shard(0)] * (cast(Any, like).device_mesh.ndim)
+    if is_sharded(own) and own.shape == shape:
+        mesh, placements = cast(Any, own).device_mesh, list(placements_of(own) or ())
+    return empty(shape, dtype=dtype, device_mesh=mesh, placements=placements if shape else None)
+
+
+def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return ``tensor``, which every process has in full, as ``like`` is laid out; nothing is communicated."""
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = cast(Any, like).device_mesh, placements_of(like) or ()
+    tensor = tensor.to(shard_of(like).device)
+    return distribute_tensor(tensor, mesh, _fit(placements, tensor, like.shape), src_data_rank=None)
+
+
+def gather_module(module: nn.Module) -> None:
+    """Let ``module`` and what is in it have full tensors in the place of its sharded ones."""
+    for holder in module.modules():
+        tables: tuple[dict[str, Any], ...] = (holder._parameters, holder._buffers)
+        for held in tables:
+            for name, tensor in held.items():
+                if is_sharded(tensor):
+                    full = whole(tensor.detach())
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    held[name] = nn.Parameter(full, tensor.requires_grad) if is_parameter else full
 
 
 def holds_everywhere(condition: bool, tensor: Tensor) -> bool:

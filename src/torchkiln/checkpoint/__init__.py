@@ -17,6 +17,7 @@ from torchkiln.checkpoint._report import (
 )
 from torchkiln.checkpoint._save import load, save
 from torchkiln.checkpoint._verify import verify
+from torchkiln.checkpoint._weights import load_weights
 
 __all__ = [
     "Adapter",
@@ -33,6 +34,7 @@ __all__ = [
     "convert",
     "inspect",
     "load",
+    "load_weights",
     "save",
     "verify",
 ]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.errors import ParametrizationError, TorchkilnWarning
+from torchkiln._core.remove import is_finite
+from torchkiln._core.sharded import is_sharded, laid_out_as, whole
 from torchkiln._core.spellings.entries import Label
 from torchkiln._core.spellings.options import Options
 from torchkiln._core.spellings.respell import respell
@@ -94,6 +96,9 @@ def load_state_dict(
         raise ParametrizationError(f"{refusals[0]}{more}")
     for refusal in refusals:
         warnings.warn(f"{refusal}\nIt is not loaded.", TorchkilnWarning, stacklevel=2)
+    for key, own in model.state_dict(keep_vars=True).items():
+        if is_sharded(own) and isinstance(converted.get(key), Tensor):
+            converted[key] = laid_out_as(converted[key], own)
     return model.load_state_dict(converted, strict=strict, assign=assign)
 
 
@@ -241,9 +246,9 @@ def _is_transient(fold: Fold) -> bool:
 
 
 def _check_finite(one: Found, value: Tensor) -> None:
-    if value.is_meta or bool(torch.isfinite(value).all()):
+    if is_finite(value):
         return
-    bad = value.numel() - int(torch.isfinite(value).sum())
+    bad = value.numel() - int(whole(torch.isfinite(value).sum()))
     raise ParametrizationError(
         f"{one.path}: {bad} of {value.numel()} values computed by {one.fold.what()} are not finite.\n"
         'model.state_dict(), and spelling="torch" or "legacy", have the stored tensors as they are.'

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from torchkiln._core.chain import chains_of, is_parametrized
 from torchkiln._core.errors import CheckpointError, InverseError, ParametrizationError, TorchkilnWarning
+from torchkiln._core.sharded import whole
 from torchkiln._core.spellings.entries import Entry, Group
 from torchkiln._core.spellings.evaluate import Evaluation, Evaluator
 from torchkiln._core.spellings.options import Options
@@ -108,8 +109,7 @@ class _Memory:
         self._state_dict = state_dict
 
     def read(self, _group: Group, key: str) -> Tensor:
-        tensor: Tensor = self._state_dict[key]
-        return tensor
+        return whole(self._state_dict[key])
 
     def identity(self, _group: Group, key: str) -> Hashable:
         return id(self._state_dict[key])
@@ -182,7 +182,7 @@ class _Respelling:
     def _plain(self, target: Target, item: Spelled | None) -> dict[str, Tensor]:
         """Return what the target stores for the plain value."""
         if item is None:
-            value = self._values[target.name].detach()
+            value = whole(self._values[target.name].detach())
             dtype = value.dtype
         else:
             evaluation = self._evaluate(item)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchkiln._core.chain import chains_of, enabled_steps, is_parametrized, original_names, steps_of
 from torchkiln._core.checks import says_no_inverse
 from torchkiln._core.errors import InverseError, ParametrizationError
+from torchkiln._core.sharded import gather_module
 from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.spelled import Kind, Norm
 from torchkiln._core.state import frozen
@@ -119,6 +120,7 @@ class ChainTarget(Target):
         # A copy does the work: nothing of the module changes if it fails.
         with torch.inference_mode(False), torch.no_grad():
             chain = deepcopy(self.chain)
+            gather_module(chain)
             if value.is_meta:
                 return Encoded(self._state(chain.to("meta")))
             before = self._state(chain) if self._materialize(chain, value, dtype) else {}
