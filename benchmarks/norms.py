@@ -1,20 +1,37 @@
-"""Calling layers under weight norm and spectral norm, against the same plain layer."""
+"""Calling layers under weight norm and spectral norm, and under the norm of a convolution, against the plain layer.
+
+``forward`` is in eval mode. ``forward+backward`` is in training mode, and writes to the weight first, as an optimizer
+does: spectral norm then has one power iteration to make, here as in torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks._libraries import Library, each, seeded
-from benchmarks._timing import FLOOR, Case, Loop, Meter, Settings
+from benchmarks._timing import FLOOR, OURS, Case, Loop, Meter, Settings
+from torchkiln.families import ConvSpectralNorm
+from torchkiln.parametrize import register_parametrization
 
 GROUP = "norms"
 _PLAIN = "the plain layer"
 _BATCH = 16
 _LENGTH = 32
+
+
+# How the norm of a convolution is found; each on images of _IMAGE x _IMAGE.
+_IMAGE = 16
+_METHODS: dict[str, dict[str, Any]] = {
+    "power, 1 step": {"method": "power", "steps": 1, "input_size": (_IMAGE, _IMAGE)},
+    "power, to 0.001": {"method": "power", "input_size": (_IMAGE, _IMAGE)},
+    "exact": {"method": "exact", "input_size": (_IMAGE, _IMAGE)},
+    "bound": {"method": "bound"},
+}
 
 
 def _linear(size: int) -> tuple[nn.Module, Tensor]:
@@ -23,6 +40,11 @@ def _linear(size: int) -> tuple[nn.Module, Tensor]:
 
 def _conv(size: int) -> tuple[nn.Module, Tensor]:
     return nn.Conv1d(size, size, 3, padding=1), torch.randn(_BATCH, size, _LENGTH)
+
+
+def _conv2d(size: int) -> tuple[nn.Module, Tensor]:
+    layer = nn.Conv2d(size, size, 3, padding=1, padding_mode="circular")
+    return layer, torch.randn(_BATCH, size, _IMAGE, _IMAGE)
 
 
 Make = Callable[[int], tuple[nn.Module, Tensor]]
@@ -38,12 +60,13 @@ def cases(settings: Settings) -> Iterator[Case]:
             # A convolution of 512 channels is 40 times its norm: the row would show noise.
             for size in (size for size in sizes if layer == "linear" or size <= 256):
                 for what, run in runs.items():
-                    yield Case(
-                        GROUP,
-                        f"{norm} {layer} {size}, {what}",
-                        _PLAIN,
-                        partial(_contenders, norm, make, size, run),
-                    )
+                    build = partial(_contenders, norm, make, size, run)
+                    yield Case(GROUP, f"{norm} {layer} {size}, {what}", _PLAIN, build)
+    for method, options in _METHODS.items():
+        for size in (4,) if settings.quick else (16, 64):
+            for what, run in runs.items():
+                build = partial(_operator, options, size, run)
+                yield Case(GROUP, f"operator norm ({method}) conv2d {size}, {what}", _PLAIN, build)
 
 
 def _contenders(norm: str, make: Make, size: int, run: Run) -> dict[str, Meter]:
@@ -54,12 +77,26 @@ def _contenders(norm: str, make: Make, size: int, run: Run) -> dict[str, Meter]:
     return {**each(normed), FLOOR: seeded(lambda: run(*make(size)))}
 
 
+def _operator(options: dict[str, Any], size: int, run: Run) -> dict[str, Meter]:
+    """Measure ours alone: torch has no norm of a convolution as an operator."""
+
+    def normed() -> Loop:
+        layer, x = _conv2d(size)
+        return run(register_parametrization(layer, "weight", ConvSpectralNorm.of(layer, **options)), x)
+
+    return {OURS: seeded(normed), FLOOR: seeded(lambda: run(*_conv2d(size)))}
+
+
 def _forward(module: nn.Module, x: Tensor) -> Loop:
-    return Loop("module(x)", {"module": module, "x": x})
+    return Loop("module(x)", {"module": module.eval(), "x": x})
 
 
 def _forward_backward(module: nn.Module, x: Tensor) -> Loop:
     # With the gradient of the input, as for a layer inside a network.
     inputs = [x.requires_grad_(), *module.parameters()]
     names = {"grad": torch.autograd.grad, "module": module, "x": x, "inputs": inputs}
-    return Loop("grad(module(x), inputs, G)", {**names, "G": torch.randn_like(module(x))})
+    written = max(module.parameters(), key=torch.numel).detach()
+    return Loop(
+        "written.mul_(1); grad(module(x), inputs, G)",
+        {**names, "written": written, "G": torch.randn_like(module(x))},
+    )
