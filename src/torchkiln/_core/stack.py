@@ -164,7 +164,10 @@ class Stack:
         register_parametrization(
             self._module, self._tensor_name, step, unsafe=unsafe, optimizer=optimizer, tied_in=tied_in
         )
-        self._set_name(step, name, tied_in)
+        place = Place(self._module, self._tensor_name)
+        tied = [] if tied_in is None else places_within(tied_in, chain_slots(self._chain()), place)
+        for one in (place, *tied):
+            _call(step, name, one)
 
     def insert(
         self,
@@ -204,8 +207,7 @@ class Stack:
         self._check_new(step, name)
         steps = self._steps()
         steps.insert(index, step)
-        self._put(index, steps, unsafe=unsafe, optimizer=optimizer, tied_in=tied_in)
-        self._set_name(step, name, tied_in)
+        self._put(index, steps, name=name, unsafe=unsafe, optimizer=optimizer, tied_in=tied_in)
 
     def replace(
         self,
@@ -242,8 +244,7 @@ class Stack:
         if name is None and known != word_for(old):
             name = known
         steps[index] = step
-        self._put(index, steps, unsafe=unsafe, optimizer=optimizer, tied_in=tied_in)
-        self._set_name(step, name, tied_in)
+        self._put(index, steps, name=name, unsafe=unsafe, optimizer=optimizer, tied_in=tied_in)
         return old
 
     def remove(
@@ -398,11 +399,12 @@ class Stack:
         index: int,
         steps: list[nn.Module],
         *,
+        name: str | None,
         unsafe: bool,
         optimizer: Optimizers,
         tied_in: nn.Module | None,
     ) -> None:
-        """Let the stack be ``steps``, of which the one at ``index`` is new."""
+        """Let the stack be ``steps``, of which the one at ``index`` is new, and called ``name``."""
         places = self._places(tied_in)
         chain, step = self._chain(), steps[index]
         check_request(self._module, self._tensor_name, step)
@@ -423,12 +425,11 @@ class Stack:
             chains_of(place.module)[place.name].unsafe |= unsafe
             unfollow_forward(place.module)
             follow_forward(place.module, step)
+            _call(step, name, place)
 
-    def _set_name(self, step: nn.Module, name: str | None, tied_in: nn.Module | None) -> None:
-        if name is None:
-            return
-        place = Place(self._module, self._tensor_name)
-        tied = [] if tied_in is None else places_within(tied_in, chain_slots(self._chain()), place)
-        for one in (place, *tied):
-            chain = chains_of(one.module)[one.name]
-            chain._step_names = (*chain.__dict__.get("_step_names", ()), (name, step))
+
+def _call(step: nn.Module, name: str | None, place: Place) -> None:
+    """Let ``step`` be called ``name`` in the chain of ``place``."""
+    if name is not None:
+        chain = chains_of(place.module)[place.name]
+        chain._step_names = (*chain.__dict__.get("_step_names", ()), (name, step))
