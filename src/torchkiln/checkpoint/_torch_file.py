@@ -105,6 +105,7 @@ def _all_located(content: Any, extents: Mapping[int, Extent]) -> bool:
 
 _BLOCKED = re.compile(
     r"GLOBAL (?P<name>\S*\w) was not an allowed global"
+    r"|unsupported GLOBAL (?P<module>\S+) whose module"
     r"|Unsupported class (?P<type>\S+)"
     r"|Trying to (?:call reduce|instantiate)[^.]*? (?P<call>\S+?)\.?$",
     re.MULTILINE,
@@ -119,7 +120,10 @@ def _refusal(path: Path, message: str) -> str:
             f"{path}: loading it would run code: {name} is not a plain tensor or container.\n"
             "Load it where you trust it, and save the state dict alone."
         )
-    reason = message.partition("WeightsUnpickler error: ")[2] or message
+    # What torch says first is advice to run the code.
+    reason = (
+        message.partition("WeightsUnpickler error: ")[2] or message.partition("trusted source.")[2] or message
+    )
     lines = reason.strip().splitlines()
     return f"{path}: truncated or corrupt torch file ({lines[0][:120] if lines else 'unexpected end'})."
 
