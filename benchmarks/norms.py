@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks._libraries import Library, each, seeded
+from benchmarks._libraries import LIBRARIES, Library, each, seeded
 from benchmarks._timing import FLOOR, OURS, Case, Loop, Meter, Settings
 from torchkiln.families import ConvSpectralNorm
 from torchkiln.parametrize import register_parametrization
@@ -78,13 +78,17 @@ def _contenders(norm: str, make: Make, size: int, run: Run) -> dict[str, Meter]:
 
 
 def _operator(options: dict[str, Any], size: int, run: Run) -> dict[str, Meter]:
-    """Measure ours alone: torch has no norm of a convolution as an operator."""
+    """Measure ours beside torch's spectral norm, which is that of the weight as a matrix: it has no other."""
 
-    def normed() -> Loop:
+    def ours() -> Loop:
         layer, x = _conv2d(size)
         return run(register_parametrization(layer, "weight", ConvSpectralNorm.of(layer, **options)), x)
 
-    return {OURS: seeded(normed), FLOOR: seeded(lambda: run(*_conv2d(size)))}
+    def theirs() -> Loop:
+        layer, x = _conv2d(size)
+        return run(LIBRARIES["torch"].parametrizations.spectral_norm(layer), x)
+
+    return {OURS: seeded(ours), "torch": seeded(theirs), FLOOR: seeded(lambda: run(*_conv2d(size)))}
 
 
 def _forward(module: nn.Module, x: Tensor) -> Loop:
