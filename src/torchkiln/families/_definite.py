@@ -110,6 +110,9 @@ class PositiveSemidefinite(Parametrization):
         >>> PositiveSemidefinite(1)(torch.tensor([[1.0], [2.0]]))
         tensor([[1., 2.],
                 [2., 4.]])
+
+    References:
+        Burer and Monteiro, doi:10.1007/s10107-002-0352-8.
     """
 
     event_dim = 2
@@ -145,7 +148,9 @@ class FixedRankSemidefinite(Parametrization):
     Two originals: the movement of U from its base (as :class:`Stiefel`), and s before its softplus.
 
     Numerics:
-        Exact on the constraint; off it the nearest point, with eigenvalues of at least the rounding unit.
+        Exact on the constraint; off it the nearest point, with eigenvalues of at least the rounding unit. Eigenvectors
+        are as well conditioned as the gaps between eigenvalues, the matrix is not affected. Differentiable everywhere:
+        no eigendecomposition is taken in forward.
 
     Args:
         rank: The rank.
@@ -155,7 +160,7 @@ class FixedRankSemidefinite(Parametrization):
         tensor(2)
 
     References:
-        Vandereycken, Absil, Vandewalle, doi:10.1093/imanum/drs006.
+        Bonnabel and Sepulchre, doi:10.1137/080731347.
     """
 
     event_dim = 2
@@ -345,7 +350,8 @@ class SchurStable(Parametrization):
     .. math:: A = \rho\, (I + H)(I - H)^{-1}, \qquad H \text{ as in } \texttt{HurwitzStable}
 
     Numerics:
-        As :class:`HurwitzStable`. A matrix that is not stable is scaled down, to 1/1000 inside: not the nearest point.
+        As :class:`HurwitzStable`, differentiable everywhere as well. A matrix that is not stable is scaled down, to
+        1/1000 inside: not the nearest point.
 
     Args:
         radius: The radius.
@@ -391,8 +397,8 @@ class GraphLaplacian(Parametrization):
         W_{ij} = \log(1 + e^{(X_{ij} + X_{ji}) / 2}) \text{ for } i \ne j
 
     Numerics:
-        Exact for a graph whose edges all have weight; a missing edge gets the rounding unit. Off the constraint the
-        entries beside the diagonal decide, made symmetric.
+        Exact for a graph whose edges all have weight; a missing edge gets the rounding unit, and hardly moves. Off the
+        constraint the entries beside the diagonal decide, made symmetric. Differentiable everywhere.
 
     Example:
         >>> GraphLaplacian().project(torch.tensor([[0.0, -2.0], [-4.0, 0.0]]))

@@ -22,9 +22,9 @@ class Positive(Parametrization):
     ``"square"`` reaches 0.
 
     Numerics:
-        The inverse is exact for positive numbers of any size; others go to the rounding unit of the dtype, where the
-        derivative is tiny. ``"square"`` keeps a 0, where its derivative is 0. Differentiable everywhere. ``"exp"``
-        overflows at 88 in float32.
+        The inverse is exact for positive numbers of any size, and has the derivative 1 / y near 0; others go to the
+        rounding unit of the dtype, where the derivative is tiny. ``"square"`` keeps a 0, where its derivative is 0.
+        Differentiable everywhere. ``"exp"`` overflows at 88 in float32.
 
     Args:
         map: ``"softplus"``, ``"exp"`` or ``"square"``.
@@ -142,7 +142,8 @@ class Interval(Parametrization):
 
     Numerics:
         The ends are limits; a value on them or outside goes to one rounding unit inside, where the derivative is
-        as small. The inverse loses digits near the upper end, as every float does near 1. Differentiable everywhere.
+        as small. The inverse has the derivative 1 / distance near the ends, and loses digits near the upper one, as
+        every float does near 1. Differentiable everywhere; far out the derivative underflows.
 
     Args:
         lower: Lower bound.

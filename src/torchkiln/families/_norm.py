@@ -282,7 +282,7 @@ class ConvSpectralNorm(_OperatorNorm):
         >>> layer = nn.Conv2d(3, 8, 3, padding=1)
         >>> norm = ConvSpectralNorm.of(layer)
         >>> norm
-        ConvSpectralNorm(padding=(1, 1))
+        ConvSpectralNorm(padding=1)
         >>> x = torch.randn(1, 3, 16, 16)
         >>> y = register_parametrization(layer, "weight", norm)(x) - layer.bias[:, None, None]
         >>> bool(y.norm() <= x.norm())
@@ -339,7 +339,7 @@ class ConvSpectralNorm(_OperatorNorm):
                 f"ConvSpectralNorm needs a convolution, got a {type(module).__name__}. SpectralNorm is for matrices."
             )
         names = ("stride", "padding", "padding_mode", "dilation", "groups", "transposed", "output_padding")
-        return cls(coefficient, **{name: getattr(module, name) for name in names}, **options)
+        return cls(coefficient, **{name: _shortest(getattr(module, name)) for name in names}, **options)
 
     @property
     def _precision(self) -> float | None:
@@ -410,6 +410,11 @@ class ConvSpectralNorm(_OperatorNorm):
 
 def _each(sizes: Sizes, spatial: int) -> tuple[int, ...]:
     return (sizes,) * spatial if isinstance(sizes, int) else tuple(sizes)
+
+
+def _shortest(value: Any) -> Any:
+    """Return one number for a tuple of the same, as the arguments are written; anything else as it is."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
 def _sides(padding: Sizes | str, reach: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -42,7 +42,7 @@ class Triangular(Parametrization):
 
     Numerics:
         Exact; off the constraint the entries that must be 0 or 1 become so, the nearest point, and a diagonal that
-        is not positive goes to the rounding unit.
+        is not positive goes to the rounding unit. Smooth, and linear but for a positive diagonal.
 
     Args:
         side: ``"lower"`` or ``"upper"``.
@@ -332,6 +332,9 @@ class BlockCirculant(Parametrization):
         >>> BlockCirculant(2)(torch.tensor([[[1.0, 2.0], [5.0, 6.0]]]))
         tensor([[1., 2., 5., 6.],
                 [2., 1., 6., 5.]])
+
+    References:
+        Ding et al., "CirCNN", arXiv:1708.08917.
     """
 
     event_dim = 2

@@ -72,8 +72,8 @@ class FrobeniusNorm(Projection):
     .. math:: W = r\, V / \|V\|_F
 
     Numerics:
-        Off the constraint the nearest point; 0 goes to equal entries. The gradient is orthogonal to the value, and
-        grows as the original shrinks.
+        Off the constraint the nearest point; 0, and what squares to 0, goes to equal entries. Differentiable but at 0,
+        where the gradient passes as it is; elsewhere it is orthogonal to the value, and grows as the original shrinks.
 
     Args:
         norm: The value r.
@@ -162,7 +162,8 @@ class OperatorNormBound(Projection):
 
     Numerics:
         The identity inside, a point of the bound outside (scaled, not the nearest). Not differentiable on the bound,
-        nor where the largest sum or singular value is not unique; no NaN there.
+        nor where the largest sum or singular value is not unique; no NaN there. The gradient of the singular value
+        needs the first pair of vectors alone.
 
     Args:
         order: ``1``, ``2`` or ``"inf"``.
@@ -172,6 +173,9 @@ class OperatorNormBound(Projection):
         >>> OperatorNormBound("inf")(Tensor([[3.0, 1.0], [0.0, 2.0]]))
         tensor([[0.7500, 0.2500],
                 [0.0000, 0.5000]])
+
+    References:
+        Gouk et al., arXiv:1804.04368.
     """
 
     event_dim = 2
@@ -254,8 +258,9 @@ class WeightStandardization(Projection):
     signal's variance (arXiv:2101.08692, where gamma makes up for the nonlinearity).
 
     Numerics:
-        Off the constraint the nearest point. A constant channel has no direction and stays 0, off the constraint.
-        One input per channel is refused: its deviation is always 0.
+        Off the constraint the nearest point. A constant channel has no direction and becomes 0, off the constraint,
+        with a finite gradient. Differentiable elsewhere; the gradient grows as the deviation shrinks. One input per
+        channel is refused: its deviation is always 0.
 
     Args:
         scale: ``"plain"`` or ``"fan_in"``.
@@ -307,7 +312,7 @@ class EqualizedRate(Parametrization):
     with N inputs for each output. Adaptive optimizers then move every layer by the same relative amount.
 
     Numerics:
-        A bijection; exact to the rounding.
+        Linear and a bijection; exact to the rounding.
 
     Args:
         gain: The factor g; the root of 2 suits ReLU.
@@ -347,7 +352,7 @@ class Scaled(Parametrization):
 
     Numerics:
         A bijection for a fixed factor that is not 0; exact to the rounding. A learned factor starts at ``scale``
-        and is an original of its own, before the tensor.
+        and is an original of its own, before the tensor; it may pass 0, where the tensor has no gradient. Smooth.
 
     Args:
         scale: The factor, or where it starts.

@@ -40,8 +40,8 @@ class Ordered(Parametrization):
     For thresholds, knots, cut points.
 
     Numerics:
-        Exact for increasing vectors, to the rounding of the sums. Others are sorted; equal neighbours are moved apart
-        by the rounding unit. Differentiable everywhere.
+        Exact for increasing vectors, to the rounding of the sums: gaps far smaller than the numbers lose digits.
+        Others are sorted; equal neighbours are moved apart by the rounding unit. Differentiable everywhere.
 
     Example:
         >>> Ordered()(torch.zeros(4))
@@ -255,7 +255,7 @@ class LInfBall(Projection):
 
     Numerics:
         The identity inside, the nearest point outside, where the derivative is 0: see :class:`Clamped` for one that
-        can come back.
+        can come back. Not differentiable on the bounds.
 
     Args:
         radius: The bound.

@@ -77,8 +77,8 @@ def standardize(X: Tensor, deviation: float, dims: tuple[int, ...]) -> Tensor:
                 [ 0.,  0.]])
     """
     X = remove_mean(X, dims)
-    size, _ = _nonzero(norm(X, dims))
-    return X * (deviation * _root_of_count(X, dims) / size)
+    size, _ = _nonzero(norm(X, dims) / _root_of_count(X, dims))
+    return X * (deviation / size)
 
 
 def operator_norm(X: Tensor, order: int | str) -> Tensor:
