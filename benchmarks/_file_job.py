@@ -1,4 +1,6 @@
-"""One way of making a plain file from a weight-normed one, timed in this process: ``WAY SOURCE TARGET THREADS``.
+"""One way of making a plain file from another one, timed in this process: ``WAY SOURCE TARGET THREADS``.
+
+The source has weight norms, or an adapter in the folder ``adapter`` beside its own.
 
 The clock runs from the call to the data being on the disk; starting Python and importing torch are not in it.
 """
@@ -50,7 +52,33 @@ def _script() -> Way:
     return run
 
 
-WAYS = {"bake": _bake, "cp": _cp, "script": _script}
+def _adapter(source: Path) -> Path:
+    return source.parent.parent / "adapter"
+
+
+def _merge() -> Way:
+    from torchkiln import checkpoint
+
+    def run(source: Path, target: Path) -> None:
+        checkpoint.bake(source, target, adapters=[_adapter(source)])
+
+    return run
+
+
+def _peft() -> Way:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    def run(source: Path, target: Path) -> None:
+        base = LlamaForCausalLM.from_pretrained(source.parent)
+        merged = PeftModel.from_pretrained(base, _adapter(source)).merge_and_unload()
+        merged.save_pretrained(target.with_suffix(""), max_shard_size="100GB")
+        _sync(target.with_suffix("") / "model.safetensors")
+
+    return run
+
+
+WAYS = {"bake": _bake, "cp": _cp, "merge": _merge, "peft": _peft, "script": _script}
 
 
 def _sync(path: Path) -> None:

@@ -85,25 +85,37 @@ def _compare(found: Found, value: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
-def check_merged(name: str, value: Tensor, exact: Expected, *, stored: torch.dtype) -> None:
-    """Raise unless a tensor with adapters merged into it is finite, and agrees with a recomputation in float64.
+def check_merged(name: str, value: Tensor, exact: Expected, *, source: Tensor) -> None:
+    """Raise unless a tensor with adapters merged into it agrees with a recomputation in float64, and is finite.
+
+    Values that only the new dtype makes infinite are the caller's to tell of.
 
     Args:
         name: The tensor, for messages.
         value: It, as it is to be written.
         exact: Returns rows of it, computed anew.
-        stored: The dtype it has in the base.
+        source: It, before adapters were merged into it.
 
     Raises:
-        CheckpointError: It is not.
+        CheckpointError: It does not.
     """
-    relative = _relative(value if value.ndim else value[None], exact)
-    if not math.isfinite(relative):
+    largest = scale = 0.0
+    for block in _blocks(value) if value.numel() else ():
+        other = exact(block)
+        if overflows(value[block], other):
+            return
+        difference = _magnitude(other.sub_(value[block]))
+        largest = difference if math.isnan(difference) else max(largest, difference)
+        # What was added may have cancelled what was there: rounding is that of the larger one.
+        scale = max(scale, _magnitude(value[block]), _magnitude(source[block]))
+    if not math.isfinite(largest):
         raise CheckpointError(
             f"{name}: the adapters make values that are not finite. Is one of their tensors damaged?\n"
             "Nothing was written."
         )
-    reason = beyond(relative, _least_precise(stored, value.dtype), folded=True)
+    reason = beyond(
+        largest / scale if scale else largest, _least_precise(source.dtype, value.dtype), folded=True
+    )
     if reason:
         raise CheckpointError(
             f"{name}: was merged twice, with different results: {reason}.\n"

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Add", "AddProduct", "Edit", "Replace", "Rewrite", "apply", "expected"]
+__all__ = [
+    "Add",
+    "AddProduct",
+    "Edit",
+    "Product",
+    "Replace",
+    "Rewrite",
+    "added",
+    "apply",
+    "expected",
+    "product",
+]
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,34 @@ def apply(edit: Edit, W: Tensor, parts: Sequence[Tensor], *, weight: float) -> T
     return edit.rule(W, *parts).reshape(W.shape).contiguous()
 
 
+# A product to add: its factors, and how much of it.
+Product = tuple[Tensor, Tensor, float]
+
+
+def product(edit: Edit, parts: Sequence[Tensor], *, weight: float) -> Product:
+    """Return what an :class:`AddProduct` adds."""
+    assert isinstance(edit, AddProduct)
+    L, R = edit.factors(*parts)
+    return L, R, edit.scale * weight
+
+
+@torch.no_grad()
+def added(W: Tensor, products: Sequence[Product], rows: slice, *, dtype: torch.dtype) -> Tensor:
+    """Return some rows of a tensor with products added, as new memory.
+
+    Args:
+        W: The rows before.
+        products: What is added to the whole tensor.
+        rows: Which rows they are.
+        dtype: The dtype of the factors, to compute in.
+    """
+    value = W.to(dtype, copy=True)
+    matrix = value.view(value.shape[0], -1)
+    for L, R, scale in products:
+        matrix.addmm_(L[rows], R, alpha=scale)
+    return value
+
+
 @torch.no_grad()
 def expected(
     edits: Sequence[tuple[Edit, float]], W: Tensor, parts: Sequence[Sequence[Tensor]]
@@ -96,23 +135,11 @@ def expected(
         W: The tensor before them, in any dtype.
         parts: What each rule is a function of, in float64.
     """
+    changes = list(zip(edits, parts, strict=True))
     if all(isinstance(edit, AddProduct) for edit, _ in edits):
-        products = [_product(edit, weight, own) for (edit, weight), own in zip(edits, parts, strict=True)]
-
-        def rows(block: slice) -> Tensor:
-            part = W[block].double()
-            matrix = part.view(part.shape[0], -1)
-            for L, R, scale in products:
-                matrix.addmm_(L[block], R, alpha=scale)
-            return part
-
-        return rows
-    whole = W.to(torch.float64, copy=True)
-    for (edit, weight), own in zip(edits, parts, strict=True):
+        products = [product(edit, own, weight=weight) for (edit, weight), own in changes]
+        return lambda rows: added(W[rows].contiguous(), products, rows, dtype=torch.float64)
+    whole = W.to(torch.float64, copy=True).contiguous()
+    for (edit, weight), own in changes:
         whole = apply(edit, whole, own, weight=weight)
-    return lambda block: whole[block].clone()
-
-
-def _product(edit: Edit, weight: float, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, float]:
-    assert isinstance(edit, AddProduct)
-    return (*edit.factors(*parts), edit.scale * weight)
+    return lambda rows: whole[rows].clone()

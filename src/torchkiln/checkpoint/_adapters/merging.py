@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,17 +12,28 @@ from torchkiln._core.errors import CheckpointError
 from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.entries import Entry, Group
 from torchkiln.checkpoint._adapters import shared
-from torchkiln.checkpoint._adapters.edits import Add, AddProduct, Edit, Replace, apply, expected
+from torchkiln.checkpoint._adapters.edits import (
+    Add,
+    AddProduct,
+    Edit,
+    Product,
+    Replace,
+    added,
+    apply,
+    expected,
+    product,
+)
 from torchkiln.checkpoint._adapters.folder import OpenAdapter
 from torchkiln.checkpoint._adapters.keys import Parsed, Renamed, locate, parse
 from torchkiln.checkpoint._adapters.lora import experts
 from torchkiln.checkpoint._adapters.methods import Method, method_of
 from torchkiln.checkpoint._adapters.target import Target
 from torchkiln.checkpoint._check import check_merged
-from torchkiln.checkpoint._io import CheckpointFile
+from torchkiln.checkpoint._io import CheckpointFile, Extent
 from torchkiln.checkpoint._report import Note
+from torchkiln.checkpoint._rows import rows_of
 
-__all__ = ["Merging", "Step", "plan_merging"]
+__all__ = ["Merging", "Step", "by_rows", "plan_merging"]
 
 Base = Mapping[Group, Mapping[str, Entry]]
 
@@ -88,11 +99,7 @@ class Merging:
         Raises:
             CheckpointError: An adapter cannot be read, the result is not finite, or the two computations differ.
         """
-        wide = fold.compute_dtype(W.dtype)
-        for step in steps:
-            entries = step.adapter.group.entries
-            for key in (key for key in step.keys if key in entries and entries[key].dtype.is_floating_point):
-                wide = torch.promote_types(wide, entries[key].dtype)
+        wide = _working_dtype(W.dtype, steps)
         value = W.to(wide, copy=True).contiguous()
         for step in steps:
             value = apply(step.edit, value, step.read(wide), weight=step.adapter.weight)
@@ -100,12 +107,68 @@ class Merging:
         if verify:
             edits = [(step.edit, step.adapter.weight) for step in steps]
             exact = expected(edits, W, [step.read(torch.float64) for step in steps])
-            check_merged(name, value, exact, stored=W.dtype)
+            check_merged(name, value, exact, source=W)
         return value
+
+    def rows(
+        self,
+        name: str,
+        source: tuple[Extent, Entry],
+        steps: Sequence[Step],
+        *,
+        dtype: torch.dtype,
+        verify: bool,
+    ) -> Iterator[Tensor]:
+        """Yield the rows of :meth:`merged`, block by block, where every change is the sum of a product.
+
+        Args:
+            name: What to call it.
+            source: Where its bytes are.
+            steps: The changes.
+            dtype: The dtype to return.
+            verify: Compute each block again, scaled before the product instead of after it, and compare.
+
+        Raises:
+            CheckpointError: As for :meth:`merged`.
+        """
+        wide = _working_dtype(source[1].dtype, steps)
+        factors = _factors(steps, wide)
+        # float64 tells nothing more of values that are rounded to half of float32.
+        narrow = max(dtype.itemsize, source[1].dtype.itemsize) < torch.float32.itemsize
+        finer = wide if narrow else torch.promote_types(wide, torch.float64)
+        exact = [(L, R * scale, 1.0) for L, R, scale in _factors(steps, finer)] if verify else []
+        start = 0
+        for (W,) in rows_of([source]):
+            block = slice(start, start + W.shape[0])
+            value = added(W, factors, block, dtype=wide).to(dtype)
+            if verify:
+                other = added(W, exact, block, dtype=finer)
+                check_merged(name, value, other.__getitem__, source=W)
+            yield value
+            start = block.stop
 
     def keys(self, group: Group, name: str) -> tuple[str, ...]:
         """Return the adapters' keys that change a tensor."""
         return tuple(key for step in self.of(group, name) for key in step.keys if key not in step.made)
+
+
+def by_rows(steps: Sequence[Step]) -> bool:
+    """Tell whether every change of a tensor is the sum of a product, of which each row is computed alone."""
+    return all(isinstance(step.edit, AddProduct) for step in steps)
+
+
+def _factors(steps: Sequence[Step], dtype: torch.dtype) -> list[Product]:
+    return [product(step.edit, step.read(dtype), weight=step.adapter.weight) for step in steps]
+
+
+def _working_dtype(stored: torch.dtype, steps: Sequence[Step]) -> torch.dtype:
+    """Return float32, or what is wider among the dtypes of a tensor and of what changes it."""
+    wide = fold.compute_dtype(stored)
+    for step in steps:
+        entries = step.adapter.group.entries
+        for key in (key for key in step.keys if key in entries and entries[key].dtype.is_floating_point):
+            wide = torch.promote_types(wide, entries[key].dtype)
+    return wide
 
 
 def plan_merging(adapters: Sequence[OpenAdapter], file: CheckpointFile, base: Base) -> Merging:

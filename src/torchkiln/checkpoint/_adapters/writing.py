@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from torchkiln._core.spellings.fold import compute_dtype
-from torchkiln.checkpoint._adapters.merging import Merging, Step
+from torchkiln.checkpoint._adapters.merging import Merging, Step, by_rows
 from torchkiln.checkpoint._check import overflows
 from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Made
 from torchkiln.checkpoint._report import Folded, Note
@@ -52,15 +52,37 @@ class Writing:
             like=(key,),
             memory=(self.file.identity(group, key), tuple(steps)),
             name=group.full_name(key),
+            blocks=self._blocks(group, key, steps, dtype),
         )
         return Change(group, (key,), {self.rename(key): made})
+
+    def _blocks(
+        self, group: Group, key: str, steps: Sequence[Step], dtype: torch.dtype
+    ) -> Callable[[], Iterator[Tensor]] | None:
+        extent, entry = self.file.extent(group, key), group.entries[key]
+        if extent is None or 0 in entry.shape or not by_rows(steps):
+            return None
+        name, source = group.full_name(key), (extent, entry)
+
+        def blocks() -> Iterator[Tensor]:
+            fits = True
+            for value in self.merging.rows(name, source, steps, dtype=dtype, verify=self.verify):
+                fits = fits and all(torch.isfinite(bound) for bound in torch.aminmax(value))
+                yield value
+            if not fits:
+                self._warn(name, dtype)
+
+        return blocks
+
+    def _warn(self, name: str, dtype: torch.dtype) -> None:
+        text = f"{name}: has values that are not finite in {_name(dtype)}"
+        self.warnings.append(Note("warning", name, text))
 
     def _merged(self, group: Group, key: str, steps: Sequence[Step], dtype: torch.dtype) -> Tensor:
         name, W = group.full_name(key), self.file.read(group, key).detach()
         value = self.merging.merged(name, W, steps, dtype=dtype, verify=self.verify)
         if overflows(value, W):
-            text = f"{name}: has values beyond the range of {_name(dtype)}, which become infinite"
-            self.warnings.append(Note("warning", name, text))
+            self._warn(name, dtype)
         return value
 
     def _row(self, group: Group, key: str, steps: Sequence[Step], dtype: torch.dtype) -> Folded:
