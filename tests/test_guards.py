@@ -168,6 +168,7 @@ PUBLIC: dict[str, list[str]] = {
         "baked",
         "checkpoint",
         "distributed",
+        "evaluate_together",
         "families",
         "functional_call",
         "install",

@@ -17,6 +17,7 @@ from torchkiln._core.errors import (
     TorchkilnWarning,
 )
 from torchkiln._core.stack import Stack, stack
+from torchkiln._core.together import evaluate_together
 from torchkiln._install import install, installed, uninstall
 from torchkiln.models import (
     Report,
@@ -49,6 +50,7 @@ __all__ = [
     "baked",
     "checkpoint",
     "distributed",
+    "evaluate_together",
     "families",
     "functional_call",
     "install",

@@ -6,6 +6,7 @@ are torch's; the maths is in ``families/_maps``.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from enum import Enum, auto
 from typing import TypeVar
 
@@ -78,16 +79,28 @@ class _Orthogonal(nn.Module):
             self.register_buffer("base", None)
 
     def forward(self, X: Tensor) -> Tensor:
+        return self._at(X, self._buffers.get("base"))
+
+    def _at(self, X: Tensor, base: Tensor | None) -> Tensor:
         wide = X.shape[-2] < X.shape[-1]
         with full_precision(X):
-            tall = widen(X.mT if wide else X)
-            Q = _MAPS[self.orthogonal_map](tall)
-            base = self._buffers.get("base")
+            Q = _MAPS[self.orthogonal_map](widen(X.mT if wide else X))
             if base is not None:
                 Q = base.to(Q.dtype) @ Q
         # LAPACK's columns lie one after the other. Laid out as a weight is, products with this tensor and with its
         # baked copy are the same to the last bit.
         return (Q.mT if wide else Q).to(X.dtype).contiguous()
+
+    def likeness(self) -> Hashable:
+        """Return what has to be equal to be evaluated together, beside the originals."""
+        base = self._buffers.get("base")
+        return self.orthogonal_map, None if base is None else base.dtype
+
+    @staticmethod
+    def forward_together(steps: Sequence[_Orthogonal], originals: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return what ``forward`` of each step returns for its original, by one batch of matrices."""
+        bases = [base for step in steps if (base := step._buffers.get("base")) is not None]
+        return steps[0]._at(torch.stack([*originals]), torch.stack(bases) if bases else None).unbind()
 
     @torch.no_grad()
     def right_inverse(self, Q: Tensor) -> Tensor:

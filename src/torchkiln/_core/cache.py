@@ -23,9 +23,12 @@ from torchkiln._core.proof import Proof
 from torchkiln._core.tracing import is_recorded
 
 __all__ = [
+    "Key",
+    "Scope",
     "any_scope_open",
     "cached",
     "cached_value",
+    "entered",
     "evaluate_once",
     "get_count",
     "set_count",
@@ -91,21 +94,31 @@ class Scope(dict[Key, Tensor]):
             return known
         return self._evaluated(key, chain)
 
+    def holds(self, key: Key, chain: nn.Module) -> bool:
+        """Return whether the entry of ``key`` may be used."""
+        proof = self.proofs.get(key)
+        return proof is not None and proof.value is self.get(key) and proof.holds(chain)
+
+    def evaluate(self, key: Key, chain: nn.Module) -> dict[Key, tuple[nn.Module, Tensor]]:
+        """Return the value of ``chain``, and any that were computed with it, each with its chain."""
+        return {key: (chain, _evaluate(chain))}
+
     def _evaluated(self, key: Key, chain: nn.Module) -> Tensor:
         frame, self.frame = self.frame, None
         try:
-            value = _evaluate(chain)
+            found = self.evaluate(key, chain)
         finally:
             self.frame = frame
-        # Taken after the evaluation, which may have advanced the state of a step.
-        try:
-            proof = Proof(value, chain, _Forget(self, key))
-        # No version counter (inference), or no memory of its own (meta, subclasses).
-        except (RuntimeError, TypeError):
-            return value
-        self[key] = value
-        self.proofs[key] = proof
-        return value
+        for other, (owner, value) in found.items():
+            # Taken after the evaluation, which may have advanced the state of a step.
+            try:
+                proof = Proof(value, owner, _Forget(self, other))
+            # No version counter (inference), or no memory of its own (meta, subclasses).
+            except (RuntimeError, TypeError):
+                continue
+            self[other] = value
+            self.proofs[other] = proof
+        return found[key][1]
 
     def clear(self) -> None:
         super().clear()
@@ -238,7 +251,7 @@ def cached(model: nn.Module | None = None) -> Iterator[None]:
     if model is None and shared_scope() is _process_scope:
         scope.update(_process_scope)
     try:
-        with _entered(scope):
+        with entered(scope):
             yield
     finally:
         if not get_count():
@@ -246,7 +259,8 @@ def cached(model: nn.Module | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def _entered(scope: Scope) -> Iterator[None]:
+def entered(scope: Scope) -> Iterator[None]:
+    """Open ``scope`` for the context, inside of those that are open here."""
     scope.outer = _innermost_open()
     scope.is_open = True
     scope.frame = _frame()
@@ -282,7 +296,7 @@ def evaluate_once(base: type[nn.Module]) -> Callable[..., Any]:
         # Graphs evaluate once anyway, and torch.compile cannot read a ContextVar.
         if is_recorded() or _scope_for(self) is not None:
             return base.forward(self, *arguments, **keywords)  # looked up now: it may have been patched
-        with _entered(Scope(frozenset((id(self),)), is_forward=True)):
+        with entered(Scope(frozenset((id(self),)), is_forward=True)):
             return base.forward(self, *arguments, **keywords)
 
     return forward_once

@@ -97,11 +97,13 @@ def _value(A: Tensor) -> tuple[Tensor, Kept]:
     D, bound = _minus_one(A)
     steps = _steps(bound, D.dtype)
     root = _plus_identity(D)
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         D = _fused(D, D, D, beta=2)
+        # Each squaring doubles what the last one left to orthogonality: one step of Newton and Schulz takes it away.
+        if step % 8 == 0 or step == steps > 2:
+            Q = _plus_identity(D)
+            D = _fused(D, Q, _plus_identity(-(Q.mH @ Q)), alpha=0.5)
     Q = _plus_identity(D) if steps else root
-    if steps > 2:  # each squaring doubles what the last one left to orthogonality
-        Q = _fused(Q, Q, _plus_identity(-(Q.mH @ Q)), alpha=0.5)
     return Q, (root, A.new_full(A.shape[:-2], bound, dtype=torch.float64, device="cpu"))
 
 
