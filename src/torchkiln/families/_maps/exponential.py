@@ -126,9 +126,12 @@ def _minus_one(A: Tensor) -> tuple[Tensor, float]:
         A4 = A2 @ A.mul(x).add_(A2, alpha=y)
         first, second, third = _combined(_sums_8(A.dtype, A.device), A, A2, A4)
         return _fused(third, first, second), bound
-    size = 2.0 ** max(0, _steps(bound, A.dtype) - 9)
-    if size > 1:  # no power may overflow
-        A, A2 = A / size, A2 / size**2
+    size = 1.0
+    if bound > 2**9:  # no power may overflow
+        bound = _norm(A)
+        size = 2.0 ** _steps(bound, A.dtype)
+        A = A / size
+        A2 = A @ A
     A3 = A @ A2
     A6 = A3 @ A3
     bound = min(bound, size * _norm(A6) ** (1 / 6))
