@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from torchkiln import parametrizations
+from parametrize.oracle import OURS, Impl
 
 BUILT_INS = ["weight_norm", "spectral_norm", "orthogonal"]
 every_built_in = pytest.mark.parametrize("norm", BUILT_INS)
@@ -26,16 +26,25 @@ def build() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def register(model: nn.Module, norm: str, *, seed: int = 1, implementation: Any = parametrizations) -> None:
+def register(model: nn.Sequential, norm: str, *, seed: int = 1, impl: Impl = OURS) -> None:
     """Put the first layer under ``norm``; what that draws depends on the seed alone."""
     torch.manual_seed(seed)
-    getattr(implementation, norm)(model[0])  # type: ignore[index]  # a Sequential
+    getattr(impl.N, norm)(model[0])
 
 
-def normed(norm: str) -> nn.Sequential:
+def normed(norm: str, impl: Impl = OURS) -> nn.Sequential:
     model = build()
-    register(model, norm)
+    register(model, norm, impl=impl)
     return model
+
+
+def take_out(impl: Impl, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Take the norm of the first layer out, and return the optimizer to go on with."""
+    if impl.name == OURS.name:
+        impl.P.remove_parametrizations(model[0], "weight", optimizer=optimizer)
+        return optimizer
+    impl.P.remove_parametrizations(model[0], "weight")
+    return adam(model)  # torch's leaves an optimizer with dead parameters
 
 
 def shard(model: nn.Sequential, **options: Any) -> nn.Sequential:

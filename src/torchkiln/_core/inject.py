@@ -274,7 +274,9 @@ def _exchange(cls: type, wanted: type, held: type) -> type:
     namespace = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
     metaclass = type(wanted) if issubclass(type(wanted), type(cls)) else type(cls)
     name = cls.__name__.replace(held.__name__, wanted.__name__)
-    new = _make_class(metaclass, name, bases, namespace)
+    others: list[type] = bases[-1].__subclasses__()  # FSDP may have made the same one
+    made = (one for one in others if one.__bases__ == bases and one.__name__ == name)
+    new = next(made, None) or _make_class(metaclass, name, bases, namespace)
     _exchanged[cls][wanted] = new
     _exchanged.setdefault(new, weakref.WeakValueDictionary())[held] = cls
     return new

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from torchkiln._core.chain import chains_of, is_parametrized
@@ -21,24 +22,44 @@ from torchkiln._core.errors import ParametrizationError
 
 __all__ = ["balance", "find_wrappers", "spread"]
 
-# A module does not know who wraps it. Found once, by a search of the living objects; later ones are found when a
-# change is announced.
-_wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+
+class _Wrappers:
+    """The wrappers in this process. A module does not know who wraps it.
+
+    They are searched for once, among all living objects; a global hook of torch, called when a module gets a submodule,
+    tells of those that come later.
+    """
+
+    def __init__(self) -> None:
+        self.known: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+        self.watches = False
+
+    def watch(self) -> None:
+        if self.watches:
+            return
+        self.watches = True
+        register_module_module_registration_hook(self)
+        objects = gc.get_objects()
+        kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, DistributedDataParallel)}
+        self.known.update(thing for thing in objects if type(thing) in kinds)
+
+    def __call__(self, parent: nn.Module, _name: str, _child: object) -> None:
+        if isinstance(parent, DistributedDataParallel):
+            self.known.add(parent)
+
+
+_wrappers = _Wrappers()
 
 
 def find_wrappers(modules: Iterable[nn.Module]) -> list[DistributedDataParallel]:
     """Return the wrappers that train a parameter of ``modules``."""
-    objects = gc.get_objects()
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, DistributedDataParallel)}
-    for thing in objects if kinds else ():
-        if type(thing) in kinds:
-            _wrappers.add(thing)
+    _wrappers.watch()
     return _wrappers_of(modules)
 
 
 def _wrappers_of(modules: Iterable[nn.Module]) -> list[DistributedDataParallel]:
     wanted = set(map(id, modules))
-    return [one for one in _wrappers if any(id(module) in wanted for module in one.module.modules())]
+    return [one for one in _wrappers.known if any(id(module) in wanted for module in one.module.modules())]
 
 
 def balance(modules: Sequence[nn.Module]) -> None:

@@ -10,7 +10,7 @@ parameter gets an entry in the same group. Nothing is gathered for it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,38 +30,31 @@ __all__ = ["balance", "reshard", "shard_step", "versions"]
 
 
 class Slot(NamedTuple):
-    """A place that holds a parameter."""
+    """A place that holds a parameter: a module, or what is in one of its chains."""
 
     holder: nn.Module
     name: str
+    module: nn.Module
 
 
-class _Scope(NamedTuple):
-    """What belonged to a module when its parameters were about to change: what is in no chain any more, too."""
-
-    groups: list[weakref.ref[FSDPParamGroup]]
-    holders: weakref.WeakSet[nn.Module]
+# The groups of a module before it changes: afterwards its only parameter may be a new one, which none knows.
+_groups: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[FSDPParamGroup]]]
+_groups = weakref.WeakKeyDictionary()
 
 
-_scopes: weakref.WeakKeyDictionary[nn.Module, _Scope] = weakref.WeakKeyDictionary()
-
-
-def _look(module: nn.Module) -> list[FSDPParamGroup]:
-    """Return the groups that have a parameter of ``module``, or of its chains; remember them and what holds it."""
-    holders = weakref.WeakSet(_holders(module))
-    groups = [
-        group
-        for group in _all_groups()
-        if any(slot.holder in holders for entry in group.fsdp_params for slot in _slots_of(entry))
-    ]
-    if groups or module not in _scopes:
-        _scopes[module] = _Scope(list(map(weakref.ref, groups)), holders)
-    return groups
-
-
-def groups_of(modules: Iterable[nn.Module]) -> list[FSDPParamGroup]:
-    """Return the groups that have a parameter of ``modules``, or of their chains."""
-    return _unique(group for module in modules for group in _look(module))
+def _groups_by_module(modules: Iterable[nn.Module]) -> dict[nn.Module, list[FSDPParamGroup]]:
+    """Return for each module the groups that have a parameter of it or of its chains, or had one before."""
+    by_holder: dict[int, list[FSDPParamGroup]] = {}
+    for group in _all_groups():
+        for holder in {id(slot.holder) for entry in group.fsdp_params for slot in _slots_of(entry)}:
+            by_holder.setdefault(holder, []).append(group)
+    found = {}
+    for module in modules:
+        before = [one for ref in _groups.get(module, ()) if (one := ref()) is not None]
+        now = [group for holder in _holders(module) for group in by_holder.get(id(holder), ())]
+        if groups := list({id(group): group for group in (*now, *before)}.values()):
+            found[module] = groups
+    return found
 
 
 def _all_groups() -> Iterator[FSDPParamGroup]:
@@ -81,10 +74,8 @@ def _holders(module: nn.Module) -> list[nn.Module]:
 
 def _slots_of(entry: FSDPParam) -> list[Slot]:
     info = entry._module_info
-    return [
-        Slot(info.module, info.param_name),
-        *map(Slot, info.shared_modules, info.shared_param_names),
-    ]
+    holders, names = [info.module, *info.shared_modules], [info.param_name, *info.shared_param_names]
+    return list(map(Slot, holders, names, holders))
 
 
 def reshard(modules: Sequence[nn.Module]) -> None:
@@ -93,7 +84,10 @@ def reshard(modules: Sequence[nn.Module]) -> None:
     Raises:
         ParametrizationError: A forward or backward pass is under way.
     """
-    for group in groups_of(modules):
+    groups = _groups_by_module(modules)
+    for module, own in groups.items():
+        _groups[module] = list(map(weakref.ref, own))
+    for group in _distinct(groups):
         if group._training_state is not TrainingState.IDLE:
             raise ParametrizationError(
                 f"FSDP is in the {group._training_state.name.lower()} pass of {group._module_fqn or 'a module'}: its "
@@ -109,7 +103,7 @@ def shard_step(module: nn.Module, step: nn.Module) -> None:
     Raises:
         ParametrizationError: One of them has no dimension to shard.
     """
-    groups = groups_of([module])
+    groups = _groups_by_module([module]).get(module, [])
     if not groups:
         return
     spec = groups[0].fsdp_params[0]._sharding_spec
@@ -135,60 +129,55 @@ def _check_dimensions(parameter: Tensor, what: str) -> None:
 
 def balance(modules: Sequence[nn.Module]) -> None:
     """Bring the books up to what ``modules`` have now; what is right already stays."""
-    for module in modules:
-        if module not in _scopes:
-            _look(module)
-    scopes = [(module, _scopes[module]) for module in modules]
-    groups = {module: [group for ref in scope.groups if (group := ref())] for module, scope in scopes}
-    involved = _unique(group for found in groups.values() for group in found)
-    if not involved:
-        return
-    found = _found(modules)
-    changed = {id(holder) for _, scope in scopes for holder in scope.holders}
-    changed |= {id(slot.holder) for slots in found.values() for slot in slots}
-    templates = {id(group): list(group.fsdp_params) for group in involved}
-    for group in involved:
-        _follow(group, found, changed)
-    booked = {id(entry.sharded_param) for group in involved for entry in group.fsdp_params}
-    owners = {id(holder): module for module in modules for holder in _holders(module)}
+    groups = _groups_by_module(modules)
+    found = _found(groups)
+    templates = {id(group): list(group.fsdp_params) for group in _distinct(groups)}
+    for group in _distinct(groups):
+        _follow(group, found)
+    booked = {id(entry.sharded_param) for group in _distinct(groups) for entry in group.fsdp_params}
     for key, slots in found.items():
         parameter: Any = slots[0].holder._parameters[slots[0].name]
         if key not in booked and isinstance(parameter, DTensor):
-            mine = groups[owners[id(slots[0].holder)]]
-            _enter(*_fitting(mine, templates, parameter), parameter, slots)
-    for group in involved:
+            _enter(*_fitting(groups[slots[0].module], templates, parameter), parameter, slots)
+    for group in _distinct(groups):
         _renew(group)
-    for holder in (holder for module in modules if groups[module] for holder in _holders(module)):
+    for holder in (holder for module in groups for holder in _holders(module)):
         _entries.pop(holder, None)
         holder._is_fsdp_managed_module = True  # type: ignore[assignment]  # as fully_shard marks them
         holder._fsdp_use_orig_params = True  # type: ignore[assignment]
 
 
-def _unique(groups: Iterable[FSDPParamGroup]) -> list[FSDPParamGroup]:
-    return list({id(group): group for group in groups}.values())
+def _distinct(groups: Mapping[nn.Module, list[FSDPParamGroup]]) -> list[FSDPParamGroup]:
+    return list({id(group): group for own in groups.values() for group in own}.values())
 
 
-def _found(modules: Sequence[nn.Module]) -> dict[int, list[Slot]]:
+def _found(modules: Iterable[nn.Module]) -> dict[int, list[Slot]]:
     """Return the places of each parameter in ``modules``."""
     found: dict[int, list[Slot]] = {}
-    for holder in (holder for module in modules for holder in _holders(module)):
-        for name, parameter in holder._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append(Slot(holder, name))
+    for module in modules:
+        for holder in _holders(module):
+            for name, parameter in holder._parameters.items():
+                if parameter is not None:
+                    found.setdefault(id(parameter), []).append(Slot(holder, name, module))
     return found
 
 
-def _follow(group: FSDPParamGroup, found: dict[int, list[Slot]], changed: set[int]) -> None:
+def _follow(group: FSDPParamGroup, found: dict[int, list[Slot]]) -> None:
     """Point the entries of ``group`` to where their parameters are, and strike out those whose are nowhere."""
+    alive = {id(inner) for module in group.modules for inner in module.modules()}
     kept = []
     for entry in group.fsdp_params:
         slots = [
             slot
             for slot in _slots_of(entry)
-            if id(slot.holder) not in changed
-            and slot.holder._parameters.get(slot.name) is entry.sharded_param
+            if id(slot.holder) in alive and slot.holder._parameters.get(slot.name) is entry.sharded_param
         ]
-        slots += [slot for slot in found.get(id(entry.sharded_param), ()) if slot not in slots]
+        held = {(id(slot.holder), slot.name) for slot in slots}
+        slots += [
+            slot
+            for slot in found.get(id(entry.sharded_param), ())
+            if (id(slot.holder), slot.name) not in held
+        ]
         if slots:
             kept.append(entry)
             _point(entry, slots)
@@ -198,19 +187,24 @@ def _follow(group: FSDPParamGroup, found: dict[int, list[Slot]], changed: set[in
 
 
 def _point(entry: FSDPParam, slots: list[Slot]) -> None:
-    if _slots_of(entry) == slots:
+    info = _module_info(slots)
+    if info == entry._module_info:
         return
-    (holder, name), *shared = slots
     entry._post_load_hook_handle.remove()
-    entry._module_info = ParamModuleInfo(
-        holder, name, [slot.holder for slot in shared], [slot.name for slot in shared]
-    )
-    listen: Any = holder.register_load_state_dict_post_hook
+    entry._module_info = info
+    listen: Any = slots[0].holder.register_load_state_dict_post_hook
     entry._post_load_hook_handle = listen(lambda *_: _reset(entry))
 
 
+def _module_info(slots: list[Slot]) -> ParamModuleInfo:
+    first, *shared = slots
+    return ParamModuleInfo(
+        first.holder, first.name, [slot.holder for slot in shared], [slot.name for slot in shared]
+    )
+
+
 def _fitting(
-    groups: list[FSDPParamGroup], templates: dict[int, list[FSDPParam]], parameter: DTensor
+    groups: list[FSDPParamGroup], templates: Mapping[int, list[FSDPParam]], parameter: DTensor
 ) -> tuple[FSDPParamGroup, FSDPParam]:
     """Return a group, and an entry that it has or had, which is sharded over the mesh of ``parameter``."""
     for group in groups:
@@ -226,11 +220,10 @@ def _fitting(
 def _enter(group: FSDPParamGroup, template: FSDPParam, parameter: DTensor, slots: list[Slot]) -> None:
     """Make an entry for ``parameter`` in ``group``, like that of ``template``."""
     _check_dimensions(parameter, slots[0].name)
-    (holder, name), *shared = slots
     placement = _placement(template, parameter)
     entry = FSDPParam(
         _unsharded_like(template, parameter),
-        ParamModuleInfo(holder, name, [slot.holder for slot in shared], [slot.name for slot in shared]),
+        _module_info(slots),
         template.mesh_info,
         group.post_forward_mesh_info,
         group.device,

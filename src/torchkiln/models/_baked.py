@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchkiln._core.engine import balance, prepare
 from torchkiln._core.errors import ParametrizationError
 from torchkiln.models._find import Found, Patterns, computed_tensors, select
 from torchkiln.models._settle import Outcome, checked_values, commit, new_tensor, same
@@ -70,6 +71,7 @@ def baked(model: nn.Module, include: Patterns = None, *, exclude: Patterns = Non
     except BaseException:
         _restore(saved, training)
         raise
+    prepare(one.module for one in saved)
     written = {
         one.path
         for one, result, mark in zip(chosen, results, marks, strict=True)
@@ -108,7 +110,9 @@ def _owners(chosen: list[Found]) -> dict[nn.Module, str]:
 
 def _restore(saved: list[_Saved], training: dict[nn.Module, bool]) -> set[str]:
     """Put everything back, and return the paths of what was exchanged for something else meanwhile."""
+    prepare(one.module for one in saved)
     exchanged = {path for one in saved for path in one.restore()}
+    balance(one.module for one in saved)
     for module, mode in training.items():
         module.training = mode
     return exchanged

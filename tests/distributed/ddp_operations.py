@@ -1,75 +1,80 @@
-"""DistributedDataParallel: registering and removing before and after wrapping, as on one process."""
+"""What people do under DistributedDataParallel; each must come to the same as on one process, on every rank."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import torchkiln
-from distributed.ranks import Ranks
 from distributed.training import (
     adam,
     assert_same_state,
     batches,
     build,
-    every_built_in,
     loss,
     normed,
     register,
+    take_out,
     train,
 )
-from torchkiln import parametrizations
+from parametrize.oracle import OURS, Impl
+
+__all__ = ["OPERATIONS"]
 
 
-def trains(norm: str, order: str, options: dict[str, Any]) -> None:
-    expected, model = normed(norm), normed(norm) if order == "before" else build()
+def _trains(impl: Impl, norm: str, *, after: bool = False, **options: Any) -> None:
+    expected, model = normed(norm, impl), build() if after else normed(norm, impl)
     wrapped = DistributedDataParallel(model, **options)
-    if order == "after":  # what is drawn differs, and the first rank's counts
-        register(model, norm, seed=1 + dist.get_rank())
+    if after:  # what ranks draw differs, and the first one's counts; torch's cannot know of it
+        register(model, norm, impl=impl, seed=1 + (dist.get_rank() if impl.name == OURS.name else 0))
     for one in (expected, wrapped):
         train(one, adam(one))
     assert_same_state(wrapped, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"forward_sync_buffers": False}, {"static_graph": True}], ids=str)
-@pytest.mark.parametrize("order", ["before", "after"])
-@every_built_in
-def test_a_wrapped_model_trains_as_on_one_process(
-    ranks: Ranks, norm: str, order: str, options: dict[str, Any]
-) -> None:
-    ranks.run(trains, norm=norm, order=order, options=options)
+def before(impl: Impl, norm: str) -> None:
+    _trains(impl, norm)
 
 
-def goes_on(norm: str, how: str) -> None:
-    expected, model = normed(norm), normed(norm)
+def after(impl: Impl, norm: str) -> None:
+    _trains(impl, norm, after=True)
+
+
+def after_without_broadcasts(impl: Impl, norm: str) -> None:
+    _trains(impl, norm, after=True, forward_sync_buffers=False)
+
+
+def without_broadcasts(impl: Impl, norm: str) -> None:
+    _trains(impl, norm, forward_sync_buffers=False)
+
+
+def static_graph(impl: Impl, norm: str) -> None:
+    _trains(impl, norm, static_graph=True)
+
+
+def after_with_static_graph(impl: Impl, norm: str) -> None:
+    _trains(impl, norm, after=True, static_graph=True)
+
+
+def goes_on_after_removal(impl: Impl, norm: str) -> None:
+    expected, model = normed(norm, impl), normed(norm, impl)
     wrapped = DistributedDataParallel(model)
     for one, inner in ((expected, expected), (wrapped, model)):
         optimizer = adam(one)
         train(one, optimizer)
-        getattr(torchkiln, how)(inner, optimizer=optimizer)
-        train(one, optimizer)
+        optimizer = take_out(impl, inner, optimizer)
+        train(one, optimizer, seed=3)
     assert_same_state(wrapped, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["bake", "restore"])
-@every_built_in
-def test_a_model_that_was_baked_under_the_wrapper_trains_on(ranks: Ranks, norm: str, how: str) -> None:
-    if (norm, how) == ("weight_norm", "restore"):
-        pytest.skip("weight norm has no original to restore")
-    ranks.run(goes_on, norm=norm, how=how)
-
-
-def two_forwards(norm: str) -> None:
-    expected, model = normed(norm), normed(norm)
+def two_forwards(impl: Impl, norm: str) -> None:
+    expected, model = normed(norm, impl), normed(norm, impl)
     wrapped = DistributedDataParallel(model)
     for one in (expected, wrapped):
         optimizer, stream = adam(one), batches(one)
@@ -80,14 +85,8 @@ def two_forwards(norm: str) -> None:
     assert_same_state(wrapped, expected)
 
 
-@pytest.mark.slow
-@every_built_in
-def test_two_forwards_and_one_backward(ranks: Ranks, norm: str) -> None:
-    ranks.run(two_forwards, norm=norm)
-
-
-def accumulates(norm: str) -> None:
-    expected, model = normed(norm), normed(norm)
+def accumulates(impl: Impl, norm: str) -> None:
+    expected, model = normed(norm, impl), normed(norm, impl)
     wrapped = DistributedDataParallel(model)
     for one in (expected, wrapped):
         optimizer, stream = adam(one), batches(one)
@@ -102,18 +101,11 @@ def accumulates(norm: str) -> None:
     assert_same_state(wrapped, expected)
 
 
-@pytest.mark.slow
-@every_built_in
-def test_gradients_accumulate_without_synchronization(ranks: Ranks, norm: str) -> None:
-    ranks.run(accumulates, norm=norm)
-
-
 class Branches(nn.Module):
     """Two layers, one of which a forward uses."""
 
-    def __init__(self, norm: str) -> None:
+    def __init__(self, make: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()
-        make = getattr(parametrizations, norm)
         self.layers = nn.ModuleList(make(nn.Linear(6, 5)) for _ in range(2))
 
     def forward(self, batch: Tensor, which: int) -> Tensor:
@@ -121,11 +113,11 @@ class Branches(nn.Module):
         return value
 
 
-def leaves_parameters_unused(norm: str) -> None:
+def finds_unused_parameters(impl: Impl, norm: str) -> None:
     torch.manual_seed(1)
-    expected = Branches(norm)
+    expected = Branches(getattr(impl.N, norm))
     torch.manual_seed(1)
-    wrapped = DistributedDataParallel(Branches(norm), find_unused_parameters=True)
+    wrapped = DistributedDataParallel(Branches(getattr(impl.N, norm)), find_unused_parameters=True)
     for one in (expected, wrapped):
         optimizer = adam(one)
         for which, batch in zip((0, 1, 1, 0), batches(one), strict=False):
@@ -135,14 +127,8 @@ def leaves_parameters_unused(norm: str) -> None:
     assert_same_state(wrapped, expected)
 
 
-@pytest.mark.slow
-@every_built_in
-def test_unused_parameters_are_found(ranks: Ranks, norm: str) -> None:
-    ranks.run(leaves_parameters_unused, norm=norm)
-
-
-def compiles(norm: str) -> None:
-    expected, model = normed(norm), normed(norm)
+def compiles(impl: Impl, norm: str) -> None:
+    expected, model = normed(norm, impl), normed(norm, impl)
     wrapped = DistributedDataParallel(model)
     compiled = torch.compile(wrapped, backend="eager")
     for one, called in ((expected, expected), (wrapped, compiled)):
@@ -154,7 +140,16 @@ def compiles(norm: str) -> None:
     assert_same_state(wrapped, expected)
 
 
-@pytest.mark.slow
-@every_built_in
-def test_a_compiled_wrapper_trains_as_on_one_process(ranks: Ranks, norm: str) -> None:
-    ranks.run(compiles, norm=norm)
+OPERATIONS: dict[str, Callable[[Impl, str], None]] = {
+    "register, wrap, train": before,
+    "wrap, register, train": after,
+    "remove under the wrapper, train on": goes_on_after_removal,
+    "buffers not broadcast": without_broadcasts,
+    "buffers not broadcast, registered after wrapping": after_without_broadcasts,
+    "two forwards, one backward": two_forwards,
+    "gradient accumulation with `no_sync`": accumulates,
+    "`static_graph`": static_graph,
+    "`static_graph`, registered after wrapping": after_with_static_graph,
+    "`find_unused_parameters`": finds_unused_parameters,
+    "`torch.compile` of the wrapper": compiles,
+}
