@@ -197,6 +197,40 @@ def test_bare_tensor_is_a_checkpoint_with_nothing_to_fold(tmp_path: Path) -> Non
     assert inspection.notes[0].text == "every tensor is plain: there is nothing to fold"
 
 
+def chunked(folder: Path, *, offsets: tuple[int, int]) -> Path:
+    """Write a tensor as two processes would, each its half."""
+    halves = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(6.0, 12.0).reshape(2, 3)}
+    safetensors.torch.save_file(halves, folder / "halves.safetensors")
+    checkpoint.convert(folder / "halves.safetensors", folder / "in", container="dcp")
+    metadata = pickle.loads((folder / "in" / ".metadata").read_bytes())
+    whole = metadata.state_dict_metadata.pop("a")
+    (chunk,), (other,) = whole.chunks, metadata.state_dict_metadata.pop("b").chunks
+    chunk.offsets, other.offsets = (torch.Size([offset, 0]) for offset in offsets)
+    whole.size, whole.chunks[:] = torch.Size([4, 3]), [chunk, other]
+    metadata.state_dict_metadata["whole"] = whole
+    places = dict(metadata.storage_data)
+    metadata.storage_data = {
+        type(index)("whole", one.offsets): places[index]
+        for index, one in zip(places, (chunk, other), strict=True)
+    }
+    metadata.planner_data = {"whole": ("whole",)}
+    (folder / "in" / ".metadata").write_bytes(pickle.dumps(metadata))
+    return folder / "in"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_chunks_of_several_processes_are_one_tensor(suffix: str, tmp_path: Path) -> None:
+    checkpoint.convert(chunked(tmp_path, offsets=(0, 2)), tmp_path / f"out{suffix}")
+    load = safetensors.torch.load_file if suffix == ".safetensors" else torch.load
+    assert same_bits(load(tmp_path / f"out{suffix}")["whole"], torch.arange(12.0).reshape(4, 3))
+
+
+@pytest.mark.parametrize("offsets", [(0, 1), (1, 0), (0, 3)])
+def test_chunks_that_overlap_or_leave_a_gap_are_refused(offsets: tuple[int, int], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has chunks that overlap|has a chunk outside of its shape"):
+        checkpoint.inspect(chunked(tmp_path, offsets=offsets))
+
+
 # Refused --------------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError
 from torchkiln.checkpoint._bytes import Extent, InputFile
+from torchkiln.checkpoint._dcp_part import load_part, load_value, locate_part
 from torchkiln.checkpoint._dcp_pickle import load_plain
 from torchkiln.checkpoint._io import (
     Change,
@@ -104,6 +104,7 @@ class _DcpFile(CheckpointFile):
         }
         self._check_apart()
         self.groups = self._grouped({name: one for name, one in stored.items() if hasattr(one, "chunks")})
+        self._located: dict[tuple[tuple[str, ...], str], Extent | None] = {}
         self.remarks = ()
 
     def _check_apart(self) -> None:
@@ -142,18 +143,15 @@ class _DcpFile(CheckpointFile):
             total += prod(sizes)
         if total != prod(entry.shape):
             raise ValueError(f"{name} has chunks of {total:,} elements for {prod(entry.shape):,}")
+        if _overlap(sorted((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks)):
+            raise ValueError(f"{name} has chunks that overlap")
 
     def read(self, group: Group, key: str) -> Tensor:
         name, entry = self._names[group.path, key], group.entries[key]
-        # Chunks that overlap leave gaps elsewhere, which are zero and not what memory held before.
-        tensor = torch.zeros(entry.shape, dtype=entry.dtype)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)  # which its chunks fill
         for chunk in self._metadata.state_dict_metadata[name].chunks:
             offsets, sizes = _shape(chunk.offsets), _shape(chunk.sizes)
-            part = _load(self._where[name, offsets], name)
-            if part.shape != sizes or part.dtype != entry.dtype:
-                raise CheckpointError(
-                    f"{self.path}: {name}: a chunk is not of the shape and dtype it should be."
-                )
+            part = load_part(self._where[name, offsets], name, Entry(sizes, entry.dtype))
             place = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
             tensor[place] = part
         return tensor
@@ -161,8 +159,15 @@ class _DcpFile(CheckpointFile):
     def identity(self, group: Group, key: str) -> Hashable:
         return group.path, key
 
-    def extent(self, group: Group, key: str) -> None:  # noqa: ARG002  # each chunk is an archive of its own
-        return None
+    def extent(self, group: Group, key: str) -> Extent | None:
+        """Return the bytes of a tensor that is one chunk; of several each is somewhere else."""
+        name, entry = self._names[group.path, key], group.entries[key]
+        zeros = tuple([0] * len(entry.shape))
+        one = len(self._metadata.state_dict_metadata[name].chunks) == 1
+        if (group.path, key) not in self._located:
+            found = locate_part(self._where[name, zeros], name, entry) if one else None
+            self._located[group.path, key] = found
+        return self._located[group.path, key]
 
     def changed(self, changes: Sequence[Change]) -> Content:
         content = Content()
@@ -173,17 +178,35 @@ class _DcpFile(CheckpointFile):
             items = replaced(kept, mine, lambda output: output)
             place = _descend(root, group.path)
             for key, output in items.items():
-                made = self._reading(group, output.key) if isinstance(output, Kept) else output
-                place[key] = content.hold(placeholder(made.entry), made)
+                place[key] = self._placed(content, group, output)
         for name, extent in self._values.items():
             *around, key = self._paths[name]
-            _descend(root, tuple(around))[key] = _load(extent, name)
+            _descend(root, tuple(around))[key] = load_value(extent, name)
         content.root = root
         return content
 
-    def _reading(self, group: Group, key: str) -> Made:
-        entry = group.entries[key]
-        return Made(entry, lambda: self.read(group, key), memory=(group.path, key), name=group.full_name(key))
+    def _placed(self, content: Content, group: Group, output: Kept | Made) -> Tensor:
+        if isinstance(output, Made):
+            return content.hold(placeholder(output.entry), output)
+        key, entry = output.key, group.entries[output.key]
+        extent = self.extent(group, key)
+        made = Made(entry, lambda: self.read(group, key), memory=(group.path, key), name=group.full_name(key))
+        return content.hold(placeholder(entry), made if extent is None else extent)
+
+
+def _overlap(boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Tell whether two of some boxes share an element; they come sorted by where they begin."""
+    for index, (offsets, sizes) in enumerate(boxes):
+        for others, lengths in boxes[index + 1 :]:
+            if others and others[0] >= offsets[0] + sizes[0]:
+                break  # and so does every later one
+            apart = (
+                o + n <= other or other + m <= o
+                for o, n, other, m in zip(offsets, sizes, others, lengths, strict=True)
+            )
+            if not any(apart):
+                return True
+    return False
 
 
 def _path(metadata: Any, name: str) -> tuple[str, ...]:
@@ -212,15 +235,3 @@ def _extent(file: InputFile, info: Any) -> Extent:
     if not 0 <= info.offset <= info.offset + info.length <= file.size:
         raise CheckpointError(f"{file.path}: truncated or corrupt file: it has {file.size:,} bytes only.")
     return Extent(file, info.offset, info.length)
-
-
-def _load(extent: Extent, name: str) -> Any:
-    """Load what torch saved in a part of a file: a tensor, or a value that is none."""
-    data = io.BytesIO(extent.file.read(extent.offset, extent.length))
-    try:
-        return torch.load(data, map_location="cpu", weights_only=True)
-    except Exception as error:  # as for any torch file
-        reason = str(error).strip().splitlines() or ["unexpected end"]
-        raise CheckpointError(
-            f"{extent.file.path}: {name}: truncated or corrupt, or needs code to load ({reason[0][:120]})."
-        ) from error
