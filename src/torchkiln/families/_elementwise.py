@@ -222,6 +222,12 @@ class Clamped(Parametrization):
     def residual(self, y: Tensor) -> Tensor:
         return largest(y - y.clamp(self.lower, self.upper))
 
+    def _from_normal(self, Z: Tensor) -> Tensor:
+        if self.lower is None or self.upper is None:
+            return super()._from_normal(Z)
+        result: Tensor = self.lower + (self.upper - self.lower) * torch.special.ndtr(Z)
+        return result
+
 
 class UnitCircle(Parametrization):
     r"""Keep every complex number on the unit circle; trains its angle.

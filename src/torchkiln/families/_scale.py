@@ -59,7 +59,7 @@ class SigmaReparam(Parametrization):
 
     @computed
     def forward(self, gain: Tensor, V: Tensor) -> Tensor:
-        return maps.rescale(V, maps.spectral(V), gain[..., None, None], dims=(-2, -1))
+        return maps.rescale(V, maps.spectral(V), to=1.0, dims=(-2, -1)) * gain[..., None, None]
 
     @inverted
     def right_inverse(self, W: Tensor) -> tuple[Tensor, Tensor]:

@@ -323,3 +323,6 @@ class DoublyStochastic(Parametrization):
 
     def residual(self, Y: Tensor) -> Tensor:
         return largest(Y.clamp(max=0), _excess(Y), _excess(Y.mT))
+
+    def _from_normal(self, Z: Tensor) -> Tensor:
+        return maps.sinkhorn(Z, self.steps)

@@ -36,20 +36,19 @@ def norm(X: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(X, dim=dims, keepdim=True) if dims else X.abs()
 
 
-def rescale(X: Tensor, size: Tensor, value: Tensor | float, *, dims: tuple[int, ...]) -> Tensor:
-    """Return ``X`` scaled from the norm ``size`` over ``dims`` to ``value``; equal entries where it is zero.
+def rescale(X: Tensor, size: Tensor, *, to: float, dims: tuple[int, ...]) -> Tensor:
+    """Return ``X`` scaled from the norm ``size`` over ``dims`` to a fixed one; equal entries where it is zero.
 
     What is zero has no direction, and yet a gradient, as if it had the size 1: it can move.
     """
-    size, zero = _nonzero(size)
-    equal = zero * (value / _root_of_count(X, dims))
-    return torch.addcmul(equal.to(X.dtype), X, (value / size).to(X.dtype))
+    zero = _is_zero(size)
+    equal = zero * (to / _root_of_count(X, dims))
+    return torch.addcdiv(equal.to(X.dtype), X, (size + zero).to(X.dtype), value=to)
 
 
-def _nonzero(size: Tensor) -> tuple[Tensor, Tensor]:
-    """Return norms with 1 in place of those whose square is no normal number, and where these are."""
-    zero = size < torch.finfo(size.dtype).tiny ** 0.5
-    return torch.where(zero, 1, size), zero
+def _is_zero(size: Tensor) -> Tensor:
+    """Say of norms whether their square is no normal number: adding 1 to these makes divisors of them."""
+    return size < float(torch.finfo(size.dtype).tiny ** 0.5)
 
 
 def _root_of_count(X: Tensor, dims: tuple[int, ...]) -> float:
@@ -65,7 +64,7 @@ def onto_sphere(X: Tensor, radius: float, dims: tuple[int, ...]) -> Tensor:
         tensor([[6.0000, 8.0000],
                 [7.0711, 7.0711]])
     """
-    return rescale(X, norm(X, dims), radius, dims=dims)
+    return rescale(X, norm(X, dims), to=radius, dims=dims)
 
 
 def standardize(X: Tensor, deviation: float, dims: tuple[int, ...]) -> Tensor:
@@ -77,8 +76,8 @@ def standardize(X: Tensor, deviation: float, dims: tuple[int, ...]) -> Tensor:
                 [ 0.,  0.]])
     """
     X = remove_mean(X, dims)
-    size, _ = _nonzero(norm(X, dims) / _root_of_count(X, dims))
-    return X * (deviation / size)
+    size = norm(X, dims) / _root_of_count(X, dims)
+    return X * (deviation / (size + _is_zero(size)))
 
 
 def operator_norm(X: Tensor, order: int | str) -> Tensor:
