@@ -229,6 +229,10 @@ class _WeightNorm(nn.Module):
         super().__init__()
         self.dim = -1 if dim is None else dim
 
+    def event_dims(self, ndim: int) -> list[int]:
+        """Return the dimensions along which the norm is taken."""
+        return [dim for dim in range(ndim) if self.dim == -1 or dim != self.dim % ndim]
+
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         return norms.weight_normalize(weight_v, weight_g, self.dim)
 

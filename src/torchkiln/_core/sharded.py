@@ -6,7 +6,8 @@ step runs on one is said in one place, the attribute ``sharding`` of its class:
 ``"local"``
     On each shard by itself, where no dimension that is cut is one that it acts along (``event_dims``); else gathered.
 ``"reduced"``
-    On the sharded tensors themselves; it calls :func:`settled`, :func:`whole` and :func:`beside` where it reduces.
+    Likewise on each shard where it can; else on the sharded tensors themselves, with :func:`settled`, :func:`whole` and
+    :func:`beside` where it reduces.
 ``"gathered"``
     On the full tensors, on every process, which is always right: what a step runs as that says nothing.
 anything else
@@ -193,10 +194,10 @@ def evaluate(step: nn.Module, inputs: Sequence[Tensor], placements: Placements |
         placements: How the result is to lie on the processes, where no input of its shape says so.
     """
     way = _way(step)
-    if way == "reduced":
+    if way != "gathered" and _runs_on_shards(step, inputs):
+        value = _on_shards(step, inputs)
+    elif way == "reduced":
         value = settled(_tensor(step(*inputs)))
-    elif way == "local" and len(inputs) == 1 and _runs_on_shards(step, inputs[0]):
-        value = _on_shard(step, inputs[0])
     else:
         value = _on_whole(step, inputs)
     mesh_tensor = _like(inputs, value)
@@ -213,19 +214,21 @@ def _way(step: nn.Module) -> str:
     return way
 
 
-def _runs_on_shards(step: nn.Module, x: Tensor) -> bool:
+def _runs_on_shards(step: nn.Module, inputs: Sequence[Tensor]) -> bool:
     """Return whether no dimension that is cut is one that ``step`` acts along, and it has no tensors of its own."""
-    placements = placements_of(x) or ()
+    last, placements = inputs[-1], placements_of(inputs[-1])
+    if any(placements_of(one) != placements or one.ndim != last.ndim for one in inputs) or placements is None:
+        return False
     if next(step.parameters(), None) is not None or next(step.buffers(), None) is not None:
         return False
-    acts_along: Callable[[int], Sequence[int]] = getattr(step, "event_dims", lambda _: ())
-    cut = {one.dim % x.ndim for one in placements if hasattr(one, "dim")}
-    return cut.isdisjoint(dim % x.ndim for dim in acts_along(x.ndim))
+    by_number = range(0 if _way(step) == "local" else last.ndim)  # what a step is that does not say more
+    acts_along: Callable[[int], Sequence[int]] = getattr(step, "event_dims", lambda _: by_number)
+    cut = {one.dim % last.ndim for one in placements if hasattr(one, "dim")}
+    return cut.isdisjoint(dim % last.ndim for dim in acts_along(last.ndim))
 
 
-def _on_shard(step: nn.Module, x: Tensor) -> Tensor:
-    x = settled(x)
-    return _sharded_as(x, _tensor(step(shard_of(x))))
+def _on_shards(step: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    return _sharded_as(inputs[-1], _tensor(step(*map(shard_of, map(settled, inputs)))))
 
 
 def _sharded_as(x: Tensor, shard: Tensor) -> Tensor:
@@ -310,7 +313,7 @@ def invert(step: nn.Module, value: Tensor) -> Any:
     way = _way(step)
     if way == "reduced":
         return _each(right_inverse(value), settled)
-    if way == "local" and not getattr(step, "remembers", ()) and _runs_on_shards(step, value):
+    if way == "local" and not getattr(step, "remembers", ()) and _runs_on_shards(step, (value,)):
         shard = right_inverse(shard_of(value))
         if isinstance(shard, Tensor):
             return _sharded_as(value, shard)
