@@ -1,9 +1,11 @@
-"""Folding every norm of a model into plain weights, and parametrizing a whole model."""
+"""Folding every norm of a model into plain weights, serving it without folding, and parametrizing a whole model."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch.nn.utils import remove_weight_norm
 from torch.nn.utils import weight_norm as hook_weight_norm
 
 from benchmarks._libraries import LIBRARIES, Library
-from benchmarks._timing import FLOOR, OURS, Case, Fresh, Meter, Settings
-from torchkiln.models import bake
+from benchmarks._timing import FLOOR, OURS, Case, Fresh, Loop, Meter, Sample, Settings
+from torchkiln.models import bake, baked
+from torchkiln.parametrize import cached
 
 GROUP = "models"
 _CHANNELS = 64
@@ -30,6 +33,20 @@ def cases(settings: Settings) -> Iterator[Case]:
     yield Case(
         GROUP, f"parametrize {n} conv1d by weight_norm", "norms of the plain weights", lambda: _parametrize(n)
     )
+    for name, make in {"conv1d": _conv, "linear": _wide_linear}.items():
+        for norm in ("weight_norm", "spectral_norm"):
+            yield Case(
+                GROUP,
+                f"12 {name} under {norm}, in cached(model)",
+                "the baked model",
+                partial(_serve, make, norm, cached),
+            )
+        yield Case(
+            GROUP,
+            f"12 {name} under {norm}, in baked(model)",
+            "the baked model",
+            partial(_serve, make, norm, baked),
+        )
 
 
 def _conv() -> nn.Module:
@@ -38,6 +55,10 @@ def _conv() -> nn.Module:
 
 def _linear() -> nn.Module:
     return nn.Linear(_CHANNELS, _CHANNELS)
+
+
+def _wide_linear() -> nn.Module:
+    return nn.Linear(4 * _CHANNELS, 4 * _CHANNELS)
 
 
 def _model(n: int, layer: Callable[[], nn.Module], norm: Callable[[nn.Module], object]) -> nn.Module:
@@ -101,6 +122,40 @@ def _bake_hooks(n: int) -> dict[str, Meter]:
             ]
 
     return {OURS: Fresh(made, bake), "torch": Fresh(made, remove), FLOOR: Fresh(made, compute)}
+
+
+class _Serving:
+    """A model that is called again and again, in eval mode without grad, inside of one long context."""
+
+    def __init__(
+        self, model: nn.Module, context: Callable[[nn.Module], AbstractContextManager[object]]
+    ) -> None:
+        kernel = isinstance(model[0], nn.Conv1d)  # type: ignore[index]  # a Sequential
+        self.x = torch.randn(1, _CHANNELS, 128) if kernel else torch.randn(16, 4 * _CHANNELS)
+        self.model, self.context = model, context
+        self.loop = Loop("model(x)", {"model": model, "x": self.x})
+
+    def sample(self, settings: Settings) -> Sample:
+        with torch.no_grad(), self.context(self.model):
+            self.model(self.x)  # outside the clock, as long as the scope is to live
+            return self.loop.sample(settings)
+
+
+def _serve(
+    layer: Callable[[], nn.Module],
+    norm: str,
+    context: Callable[[nn.Module], AbstractContextManager[object]],
+) -> dict[str, Meter]:
+    def made(library: Library) -> nn.Module:
+        return _model(12, layer, getattr(library.parametrizations, norm))
+
+    plain = made(LIBRARIES[OURS])
+    bake(plain)
+    return {
+        OURS: _Serving(made(LIBRARIES[OURS]), context),
+        "torch": _Serving(made(LIBRARIES["torch"]), lambda _: LIBRARIES["torch"].parametrize.cached()),
+        FLOOR: _Serving(plain, nullcontext),
+    }
 
 
 def _parametrize(n: int) -> dict[str, Meter]:

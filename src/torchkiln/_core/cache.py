@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 # Looked up once: each read in a scope calls them.
+_in_dynamo = torch.compiler.is_dynamo_compiling
 _tracing_state = torch._C._get_tracing_state
 _transform_level = torch._C._functorch.maybe_current_level
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -86,14 +87,6 @@ class Scope(dict[Key, Tensor]):
         # its graph with the value.
         self.frame: Frame | None = None
 
-    def value(self, key: Key, chain: nn.Module) -> Tensor:
-        """Return the usable entry of ``key``, else ``chain()``, remembered."""
-        proof, known = self.proofs.get(key), self.get(key)
-        # A value without a proof of its own was put in by outside code, and is used as it is.
-        if known is not None and (proof is None or proof.value is not known or proof.holds(chain)):
-            return known
-        return self._evaluated(key, chain)
-
     def holds(self, key: Key, chain: nn.Module) -> bool:
         """Return whether the entry of ``key`` may be used."""
         proof = self.proofs.get(key)
@@ -103,13 +96,15 @@ class Scope(dict[Key, Tensor]):
         """Return the value of ``chain``, and any that were computed with it, each with its chain."""
         return {key: (chain, _evaluate(chain))}
 
-    def _evaluated(self, key: Key, chain: nn.Module) -> Tensor:
+    def evaluated(self, key: Key, chain: nn.Module) -> Tensor:
+        """Return the value of ``chain``, computed now and kept as that of ``key``."""
         frame, self.frame = self.frame, None
         try:
             found = self.evaluate(key, chain)
         finally:
             self.frame = frame
-        for other, (owner, value) in found.items():
+        # In an export the modes of tracing are part of the frame, so that no entry from outside is used there.
+        for other, (owner, value) in () if torch.compiler.is_compiling() else found.items():
             # Taken after the evaluation, which may have advanced the state of a step.
             try:
                 proof = Proof(value, owner, _Forget(self, other))
@@ -304,14 +299,12 @@ def evaluate_once(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _scope_for(module: nn.Module) -> Scope | None:
     """Return the outermost scope that keeps ``module``'s tensors and may be used here."""
-    scope, found = _scope.get(), None
-    if scope is None and not _process_scope.is_open:
-        return None
-    frame, key = _frame(), id(module)
+    frame, key, found = _frame(), id(module), None
     # FSDP frees a parameter after the forward, and fills it anew for the next one, which no version counter shows.
     may_outlive_forward = "_is_fsdp_managed_module" not in module.__dict__
     if _process_scope.is_open and may_outlive_forward and _process_scope.serves(frame):
         return _process_scope
+    scope = _scope.get()
     while scope is not None:
         if (
             (scope.members is None or key in scope.members)
@@ -354,9 +347,14 @@ def set_count(count: int) -> None:
 def cached_value(module: nn.Module, name: str, chain: nn.Module) -> Tensor | None:
     """Return the value of ``module``'s tensor ``name`` from the scope that keeps it; None where none does."""
     # One graph evaluates once anyway.
-    scope = None if torch.compiler.is_compiling() else _scope_for(module)
+    scope = None if _in_dynamo() else _scope_for(module)
     if scope is None:
         return None
     if _tracing_state() is not None:
         raise RuntimeError("Cannot trace a model while caching parametrizations.")
-    return scope.value((id(module), name), chain)
+    key = (id(module), name)
+    known, proof = scope.get(key), scope.proofs.get(key)
+    # A value without a proof of its own was put in by outside code, and is used as it is.
+    if known is not None and (proof is None or proof.value is not known or proof.holds(chain)):
+        return known
+    return scope.evaluated(key, chain)
