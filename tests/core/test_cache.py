@@ -8,6 +8,7 @@ import functools
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -223,15 +224,55 @@ def test_meta_tensors_are_not_kept() -> None:
         assert not is_kept(layer)
 
 
-def test_a_write_that_torch_does_not_count_is_seen_once_it_is_counted() -> None:
+def add_to_data(tensor: Tensor) -> None:
+    tensor.data.add_(1.0)
+
+
+def add_by_numpy(tensor: Tensor) -> None:
+    array = tensor.detach().numpy()
+    array += 1.0
+
+
+uncounted = pytest.mark.parametrize("write", [add_to_data, add_by_numpy])
+
+
+@uncounted
+def test_a_write_that_torch_does_not_count_is_seen_once_it_is_counted(
+    write: Callable[[Tensor], None],
+) -> None:
     layer = counted()[0]
     original = layer.parametrizations.weight.original
     with cached():
         before = layer.weight
-        original.data.add_(1.0)
+        write(original)
         assert layer.weight is before  # the one exception; see the docstring of cached()
         torch.autograd.graph.increment_version(original)
         torch.testing.assert_close(layer.weight, before + 2.0)
+
+
+@uncounted
+def test_without_a_scope_or_after_it_every_write_is_seen(write: Callable[[Tensor], None]) -> None:
+    layer = counted()[0]
+    original = layer.parametrizations.weight.original
+    with cached():
+        before = layer.weight
+        write(original)
+    torch.testing.assert_close(layer.weight, before + 2.0)
+    write(original)
+    torch.testing.assert_close(layer.weight, before + 4.0)
+
+
+@uncounted
+def test_between_two_forwards_every_write_is_seen(write: Callable[[Tensor], None]) -> None:
+    """The scope of a recurrent layer's own forward ends with it."""
+    layer = counted(nn.RNN(3, 3), "weight_hh_l0")[0]
+    x, original = torch.ones(2, 1, 3), layer.parametrizations.weight_hh_l0.original
+    before = layer(x)[0]
+    write(original)
+    after = layer(x)[0]
+    parametrize.remove_parametrizations(layer, "weight_hh_l0")
+    assert not torch.equal(before, after)
+    assert torch.equal(layer(x)[0], after)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
