@@ -38,9 +38,19 @@ def test_either_container_of_either(container: str, suffix: str, tmp_path: Path)
     assert all(torch.equal(result[name], base[name]) for name in untouched)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.", "net.module."])
-@pytest.mark.parametrize("extra", ["", "transformer."])
-def test_names_may_begin_otherwise_in_the_base(prefix: str, extra: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("extra", "prefix"),
+    [
+        ("", ""),
+        ("", "model."),
+        ("", "base_model.model."),
+        ("", "module.net."),
+        ("transformer.", ""),
+        ("bert.", ""),
+        ("transformer.", "model."),
+    ],
+)
+def test_names_may_begin_otherwise_in_the_base(extra: str, prefix: str, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.safetensors", prefix=prefix)
     tensors = {key.replace(WRAPPER, WRAPPER + extra): value for key, value in lora(Q0).items()}
     result = merged(tmp_path / "base.safetensors", folder(tmp_path / "a", tensors))
@@ -48,12 +58,22 @@ def test_names_may_begin_otherwise_in_the_base(prefix: str, extra: str, tmp_path
     assert not torch.equal(result[name], base[name])
 
 
+@pytest.mark.parametrize(
+    ("extra", "prefix"), [("encoder.", ""), ("", "decoder."), ("encoder.", "decoder."), ("bert.", "vit.")]
+)
+def test_names_of_another_part_are_refused(extra: str, prefix: str, tmp_path: Path) -> None:
+    write_base(tmp_path / "base.safetensors", prefix=prefix)
+    tensors = {key.replace(WRAPPER, WRAPPER + extra): value for key, value in lora(Q0).items()}
+    with pytest.raises(CheckpointError, match=rf"changes {extra}layers\.0\.q\.weight .* is not in the base"):
+        merged(tmp_path / "base.safetensors", folder(tmp_path / "a", tensors))
+
+
 def test_names_that_fit_twice_are_refused(tmp_path: Path) -> None:
-    tensors = {f"{side}.{Q0}.weight": torch.randn(6, 4) for side in ("encoder", "decoder")}
+    tensors = {f"{side}.{Q0}.weight": torch.randn(6, 4) for side in ("left", "right")}
     safetensors.torch.save_file(tensors, tmp_path / "base.safetensors")
     adapter = folder(tmp_path / "a", lora(Q0))
     with pytest.raises(
-        CheckpointError, match=r"layers.0.q.weight could be (en|de)coder.layers.0.q.weight or"
+        CheckpointError, match=r"layers.0.q.weight could be (left|right).layers.0.q.weight or"
     ):
         merged(tmp_path / "base.safetensors", adapter)
 

@@ -14,6 +14,9 @@ _OWNER = "base_model."
 # Modules that PEFT puts around a tensor of the base that it keeps a trained copy of.
 _AROUND = frozenset({"base_layer", "modules_to_save"})
 _UNUSED = "original_module"
+# What libraries put before the names of a model, and take away again, without meaning another part of it.
+_WRAPPERS = frozenset({"_orig_mod", "base_model", "model", "module", "transformer"})
+_SIDES = frozenset({"decoder", "encoder"})
 
 
 @dataclass
@@ -128,9 +131,21 @@ def _ways(name: str, base: Collection[str]) -> Iterator[list[Renamed]]:
     for kept in range(len(words) - 1):
         end = ".".join(words[kept:])
         old = name[: len(name) - len(end)]
-        yield [
-            Renamed(old, key[: len(key) - len(end)]) for key in base if key == end or key.endswith(f".{end}")
-        ]
+        ways = (Renamed(old, key[: len(key) - len(end)]) for key in base if f".{key}".endswith(f".{end}"))
+        yield [way for way in ways if _harmless(way)]
+
+
+def _harmless(way: Renamed) -> bool:
+    """Tell whether another beginning means the same part of a model.
+
+    Wrappers may be exchanged. One other word (``bert.``) may be there or not, but for the sides of a model of two.
+    """
+    old, new = (
+        [word for word in part.split(".") if word and word not in _WRAPPERS] for part in (way.old, way.new)
+    )
+    if not old and not new:
+        return True
+    return len(old) + len(new) == 1 and _SIDES.isdisjoint([*old, *new]) and "" in (way.old, way.new)
 
 
 def _not_found(missing: Sequence[str], count: int, *, where: str, what: Mapping[str, str]) -> str:
