@@ -191,9 +191,14 @@ def takes_a_value(impl: Impl, norm: str) -> None:
     expected, model = normed(norm, impl), _sharded(impl, norm, after=False)
     generator = torch.Generator().manual_seed(7)
     value = torch.linalg.qr(torch.randn(6, 5, generator=generator))[0].mT.contiguous()
+    optimizers = adam(expected), adam(model)
+    for one, optimizer in zip((expected, model), optimizers, strict=True):
+        train(one, optimizer)
     expected[0].weight = value
     model[0].weight = distribute_tensor(value, model[2].weight.device_mesh, [Shard(0)])
-    torch.testing.assert_close(model[0].weight.full_tensor(), expected[0].weight)
+    torch.testing.assert_close(model[0].weight.full_tensor(), expected[0].weight.detach())
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.eye(6)), expected(torch.eye(6)))
 
 
 def recurs(impl: Impl, norm: str) -> None:

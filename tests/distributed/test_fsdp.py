@@ -89,6 +89,21 @@ def test_a_write_into_a_sharded_value_warns(ranks: Ranks, norm: str) -> None:
     ranks.run(loses_a_write, norm=norm)
 
 
+def takes_a_plain_value(norm: str) -> None:
+    model = shard(normed(norm), reshard_after_forward=False).eval()
+    value = torch.eye(6)[:5].contiguous()
+    with torch.no_grad():
+        model(torch.eye(6))  # what the model holds now is gathered, and a copy
+        model[0].weight = value
+        model[0].bias.zero_()
+        torch.testing.assert_close(model[0](torch.eye(6)), value.mT.contiguous())
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "orthogonal"])
+def test_a_value_is_assigned_where_the_model_is_gathered(ranks: Ranks, norm: str) -> None:
+    ranks.run(takes_a_plain_value, norm=norm)
+
+
 class Adapter(nn.Module):
     """A step with parameters of its own, which each rank draws differently."""
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchkiln._core.attributes import parameter_like
 from torchkiln._core.checks import check_alike, check_output, initial_inverse, is_opaque
-from torchkiln._core.engine import versions
+from torchkiln._core.engine import balance, prepare, versions
 from torchkiln._core.errors import InverseError, ParametrizationError
-from torchkiln._core.sharded import Placements, evaluate, invert, is_sharded, placements_of
+from torchkiln._core.sharded import Placements, evaluate, invert, is_sharded, laid_out_as, placements_of
 
 __all__ = [
     "TORCHS_MODULE",
@@ -202,9 +202,13 @@ class ParametrizationList(nn.ModuleList):
             ParametrizationError: A ``right_inverse`` returns something else than it did on registration; the
                 originals are unchanged then.
         """
+        prepare([self])
         with torch.no_grad():
             # A step may return its input: what the caller holds must not become the original.
             inverse: Any = value.detach().clone() if isinstance(value, Tensor) else value  # type: ignore[redundant-expr]  # users may pass anything
+            for original in filter(is_sharded, self.originals()):
+                if isinstance(inverse, Tensor) and original.shape == inverse.shape:
+                    inverse = laid_out_as(inverse, original)
             for step in reversed(enabled_steps(self)):
                 if not hasattr(step, "right_inverse"):
                     raise InverseError(
@@ -215,6 +219,7 @@ class ParametrizationList(nn.ModuleList):
                 self._assign_single(inverse)
             else:
                 self._assign_sequence(inverse)
+        balance([self])
 
     def _assign_single(self, inverse: Any) -> None:
         if not isinstance(inverse, Tensor):
@@ -394,7 +399,10 @@ def set_data(target: Tensor, source: Tensor) -> None:
         if wrapped or torch.__future__.get_swap_module_params_on_conversion():
             if isinstance(target, nn.Parameter):  # the swap takes class and attributes along
                 source = parameter_like(source, [target], requires_grad=target.requires_grad)
+            version = None if target.is_inference() else target._version
             torch.utils.swap_tensors(target, source)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            if version is not None and not target.is_inference():  # it took the other's, which may be the same
+                torch._C._autograd._unsafe_set_version_counter((target,), (version + 1,))
         else:
             target.set_(source)  # type: ignore[call-overload]  # typeshed of torch lacks this overload
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from torchkiln._core.chain import ParametrizationList, chains_of, enabled_steps, is_parametrized, steps_of
 from torchkiln._core.checks import check_step
+from torchkiln._core.engine import prepare
 from torchkiln._core.errors import ParametrizationError, describe
 from torchkiln._core.inject import base_class
 from torchkiln._core.optimizers import Optimizers
@@ -392,6 +393,7 @@ class Stack:
     def _places(self, tied_in: nn.Module | None) -> list[Place]:
         """Return this tensor and those that are tied to it in ``tied_in``; raise where others are."""
         place = Place(self._module, self._tensor_name)
+        prepare([self._module], f"edit the stack of {type(self._module).__name__}.{self._tensor_name}")
         return [place, *tied_places(place, chain_slots(self._chain()), tied_in)]
 
     def _put(

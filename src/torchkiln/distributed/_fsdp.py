@@ -91,7 +91,7 @@ def reshard(modules: Sequence[nn.Module]) -> None:
         if group._training_state is not TrainingState.IDLE:
             raise ParametrizationError(
                 f"FSDP is in the {group._training_state.name.lower()} pass of {group._module_fqn or 'a module'}: its "
-                "parameters cannot be exchanged now.\nRegister and remove between two steps."
+                "parameters cannot be exchanged now.\nRegister, remove and assign between two steps."
             )
         group.wait_for_unshard()
         group._to_sharded()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
