@@ -401,7 +401,9 @@ def set_data(target: Tensor, source: Tensor) -> None:
                 source = parameter_like(source, [target], requires_grad=target.requires_grad)
             version = None if target.is_inference() else target._version
             torch.utils.swap_tensors(target, source)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-            if version is not None and not target.is_inference():  # it took the other's, which may be the same
+            if (
+                version is not None and not target.is_inference()
+            ):  # it took the other's, which may be the same
                 torch._C._autograd._unsafe_set_version_counter((target,), (version + 1,))
         else:
             target.set_(source)  # type: ignore[call-overload]  # typeshed of torch lacks this overload
