@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from benchmarks._timing import FLOOR, OURS, Case, Meter, Sample, Settings
 
@@ -53,11 +53,8 @@ class _Job:
 
 
 def _contenders(folder: Path, megabytes: int, columns: int) -> dict[str, Meter]:
-    _write(
-        _source(folder),
-        layers=max(1, round(megabytes * 1e6 / (4 * _ROWS * columns))),
-        columns=columns,
-    )
+    layers = max(1, round(megabytes * 1e6 / (4 * _ROWS * columns)))
+    write_normed(_source(folder), layers=layers, rows=_ROWS, columns=columns)
     return {OURS: _Job(folder, "bake"), "torch": _Job(folder, "script"), FLOOR: _Job(folder, "cp")}
 
 
@@ -65,12 +62,25 @@ def _source(folder: Path) -> Path:
     return folder / "normed.safetensors"
 
 
-def _write(path: Path, *, layers: int, columns: int) -> None:
-    torch.manual_seed(0)
-    state: dict[str, torch.Tensor] = {}
+def write_normed(path: Path, *, layers: int, rows: int, columns: int) -> None:
+    """Write so many weight-normed layers, one after another: the file may be larger than memory."""
+    shapes = {
+        "parametrizations.weight.original0": (rows, 1),
+        "parametrizations.weight.original1": (rows, columns),
+    }
+    shapes["bias"] = (rows,)
+    fields, end = {}, 0
     for index in range(layers):
-        prefix = f"layers.{index}.parametrizations.weight"
-        state[f"{prefix}.original0"] = torch.rand(_ROWS, 1) + 0.5
-        state[f"{prefix}.original1"] = torch.randn(_ROWS, columns)
-        state[f"layers.{index}.bias"] = torch.randn(_ROWS)
-    save_file(state, path)
+        for name, shape in shapes.items():
+            begin, end = end, end + 4 * prod(shape)
+            fields[f"layers.{index}.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(fields).encode()
+    header += b" " * (-len(header) % 8)
+    torch.manual_seed(0)
+    base = {name: torch.randn(shape) for name, shape in shapes.items()}
+    base["parametrizations.weight.original0"] = torch.rand(rows, 1) + 0.5
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for index in range(layers):
+            for tensor in base.values():
+                file.write((tensor * (1 + index / 1000)).numpy().data)

@@ -191,7 +191,7 @@ def test_both_libraries_start_from_the_same_numbers(load: Load) -> None:
 
 def test_both_ways_of_baking_a_file_write_the_same_tensors(load: Load, tmp_path: Path) -> None:
     source = tmp_path / "normed.safetensors"
-    load("files")._write(source, layers=2, columns=3)
+    load("files").write_normed(source, layers=2, rows=1024, columns=3)
     ways = load("_file_job").WAYS
     for name in ("bake", "script"):
         ways[name]()(source, tmp_path / f"{name}.safetensors")
@@ -229,3 +229,32 @@ def test_a_readme_without_a_place_for_it_is_left_alone(load: Load, tmp_path: Pat
 )
 def test_times_are_printed_in_their_unit(seconds: float, text: str, load: Load) -> None:
     assert load("_report")._time(seconds) == text
+
+
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+
+def test_growth_has_a_row_for_each_size(
+    load: Load, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    growth = load("growth")
+    monkeypatch.setattr(growth, "_ROWS", 64)
+    monkeypatch.setattr(growth, "_COLUMNS", 64)
+    growth.main(["--sizes", "0.00002", "--blocks", "1"])
+    _, _, row = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert (len(cells), cells[0]) == (8, "2e-05")
+    assert float(cells[5]) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_growth_is_recorded_between_its_marks(load: Load, tmp_path: Path) -> None:
+    growth, readme = load("growth"), tmp_path / "README.md"
+    readme.write_text(f"before\n{growth._BEGIN}old\n{growth._END}after\n")
+    growth._record(readme, ["| new |"])
+    assert readme.read_text().startswith(f"before\n{growth._BEGIN}")
+    assert readme.read_text().endswith(f"| new |\n\n{growth._END}after\n")
+    assert "old" not in readme.read_text()
+    readme.write_text("no marks")
+    with pytest.raises(SystemExit, match="are missing; nothing was recorded"):
+        growth._record(readme, [])
