@@ -4,58 +4,97 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks._libraries import Library, each, geotorch, seeded
-from benchmarks._timing import FLOOR, Case, Loop, Meter, Settings
+from benchmarks._libraries import LIBRARIES, Library, geotorch, seeded
+from benchmarks._timing import FLOOR, OURS, Case, Fresh, Loop, Meter, Settings
 
 GROUP = "orthogonal"
 
-_SQUARE = [(16, 16), (64, 64), (256, 256), (512, 512)]
-_TALL = [(256, 16), (512, 64)]
+_MAPS = ("matrix_exp", "cayley", "householder")
 # geotorch's names for the maps that it has.
 _GEOTORCH = {"matrix_exp": "expm", "cayley": "cayley"}
 
 
+class Shape(NamedTuple):
+    """A weight, and who is measured on it: torch may need seconds, or more memory than there is."""
+
+    n: int
+    k: int
+    base: bool = True
+    torch: tuple[str, ...] = _MAPS
+    geotorch: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.k}" + ("" if self.base else ", no base")
+
+
+_SHAPES = (
+    *(Shape(n, n) for n in (16, 64, 128, 256, 512)),
+    Shape(1024, 1024, geotorch=False),
+    Shape(256, 16),
+    Shape(512, 64),
+    Shape(1024, 64, geotorch=False),
+    Shape(2048, 64, base=False, geotorch=False),
+    Shape(4096, 32, base=False, torch=("householder",), geotorch=False),
+    Shape(30000, 50, base=False, torch=(), geotorch=False),
+)
+_QUICK = (Shape(16, 16), Shape(32, 8), Shape(32, 8, base=False, torch=()))
+
+
 def cases(settings: Settings) -> Iterator[Case]:
-    for map_name in ("matrix_exp", "cayley", "householder"):
-        thin = [(1024, 64)] if map_name == "householder" else []  # the others make 1024 x 1024 of it in torch
-        for n, k in [(16, 16), (32, 8)] if settings.quick else [*_SQUARE, *_TALL, *thin]:
-            floor = f"one product of {n}x{n} and {n}x{k}"
+    for map_name in _MAPS:
+        for shape in _QUICK if settings.quick else _SHAPES:
+            slow = max(shape[:2]) >= 1024
             for what, meter in (("forward", forward), ("forward+backward", forward_backward)):
                 yield Case(
                     GROUP,
-                    f"{map_name} {n}x{k}, {what}",
-                    floor,
-                    partial(_contenders, (n, k), map_name, meter),
+                    f"{map_name} {shape}, {what}",
+                    _FLOORS[shape.base].format(shape),
+                    partial(_contenders, shape, map_name, meter),
+                    least_blocks=1 if slow else 5,
                 )
 
 
-def _contenders(
-    shape: tuple[int, int], map_name: str, meter: Callable[[nn.Module], Loop]
-) -> dict[str, Meter]:
-    n, k = shape
+_FLOORS = {
+    True: "one product of {0.n}x{0.n} and {0.n}x{0.k}",
+    False: "one product of {0.n}x{0.k} and {0.k}x{0.k}",
+}
 
-    def ours_or_torchs(library: Library) -> Loop:
+
+def _contenders(shape: Shape, map_name: str, meter: Callable[[nn.Module], Loop]) -> dict[str, Meter]:
+    n, k = shape[:2]
+
+    def of(library: Library) -> Loop:
         layer = nn.Linear(k, n, bias=False)
-        return meter(moved(library.parametrizations.orthogonal(layer, orthogonal_map=map_name)))
+        options = {"orthogonal_map": map_name, "use_trivialization": shape.base}
+        return meter(moved(library.parametrizations.orthogonal(layer, **options)))
 
-    meters = each(ours_or_torchs)
+    meters: dict[str, Meter] = {OURS: seeded(partial(of, LIBRARIES[OURS]))}
+    if map_name in shape.torch:
+        loop = seeded(partial(of, LIBRARIES["torch"]))
+        # Seconds for one call: not to be calibrated.
+        meters["torch"] = _once(loop) if max(n, k) >= 1024 else loop
     peer: Any = geotorch()
-    if peer is not None and map_name in _GEOTORCH:
+    if peer is not None and shape.geotorch and map_name in _GEOTORCH:
         triv = _GEOTORCH[map_name]
         meters["geotorch"] = seeded(
             lambda: meter(moved(peer.orthogonal(nn.Linear(k, n, bias=False), triv=triv)))
         )
-    A, B = torch.randn(n, n), torch.randn(n, k)
+    A, B = (torch.randn(n, n), torch.randn(n, k)) if shape.base else (torch.randn(n, k), torch.randn(k, k))
     return {**meters, FLOOR: Loop("mm(A, B)", {"mm": torch.mm, "A": A, "B": B})}
 
 
+def _once(loop: Loop) -> Fresh:
+    code = compile(str(loop.statement), "<benchmark>", "eval")
+    return Fresh(lambda: None, lambda _: eval(code, loop.names))
+
+
 def moved(module: nn.Module) -> nn.Module:
-    """Move the free matrix off the point it starts from, where the maps would have little to do."""
+    """Move the free tensors off the point they start from, where the maps would have little to do."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) / parameter.shape[0] ** 0.5)
