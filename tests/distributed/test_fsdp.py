@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import torchkiln
 from distributed.memory import peak_bytes
@@ -24,7 +25,7 @@ from distributed.training import (
     train,
     whole_state,
 )
-from torchkiln import ParametrizationError, TorchkilnWarning, parametrizations, parametrize
+from torchkiln import ParametrizationError, TorchkilnWarning, families, parametrizations, parametrize
 
 pytestmark = pytest.mark.slow
 
@@ -287,3 +288,54 @@ def counts() -> int:
 
 def test_the_meter_counts_what_lives_at_one_time() -> None:
     assert peak_bytes(counts, []) == 12_000
+
+
+# --- communication ------------------------------------------------------------------------------------------------
+
+
+class Counted(nn.Module):
+    """A step that counts its evaluations."""
+
+    calls = 0
+
+    def forward(self, X: Tensor) -> Tensor:
+        self.calls += 1
+        return X * 2
+
+
+def gathers_once() -> tuple[int, int, int]:
+    counts = []
+    step = Counted()
+    for is_normed in (False, True):
+        layer = nn.LSTM(4, 6, num_layers=1)
+        if is_normed:
+            parametrize.register_parametrization(layer, "weight_hh_l0", step)
+        fully_shard(layer)
+        step.calls = 0
+        with CommDebugMode() as counter:
+            layer(torch.ones(3, 2, 4))
+        counts.append(counter.get_total_counts())
+    return counts[0], counts[1], step.calls
+
+
+def test_all_reads_of_a_forward_share_one_gather_and_one_evaluation(ranks: Ranks) -> None:
+    for plain, normed_, evaluations in ranks.run(gathers_once):
+        assert plain == normed_ == 1
+        assert evaluations == 1
+
+
+def stays_on_the_shards(step: nn.Module) -> int:
+    model = nn.Sequential(nn.Linear(6, 5))
+    fully_shard(model)
+    with CommDebugMode() as registering:
+        parametrize.register_parametrization(model[0], "weight", step, unsafe=True)
+    with CommDebugMode() as reading:
+        _ = model[0].weight
+    return int(registering.get_total_counts() + reading.get_total_counts())
+
+
+@pytest.mark.parametrize(
+    "step", [parametrizations._WeightNorm(), families.Positive()], ids=["norm", "elementwise"]
+)
+def test_what_runs_on_shards_gathers_nothing(ranks: Ranks, step: nn.Module) -> None:
+    assert ranks.run(stays_on_the_shards, step=step) == [0, 0]
