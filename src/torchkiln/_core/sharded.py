@@ -194,8 +194,9 @@ def evaluate(step: nn.Module, inputs: Sequence[Tensor], placements: Placements |
         placements: How the result is to lie on the processes, where no input of its shape says so.
     """
     way = _way(step)
-    if way != "gathered" and _runs_on_shards(step, inputs):
-        value = _on_shards(step, inputs)
+    tried = _on_shards(step, inputs) if way != "gathered" and _runs_on_shards(step, inputs) else None
+    if tried is not None:
+        value = tried
     elif way == "reduced":
         value = settled(_tensor(step(*inputs)))
     else:
@@ -227,17 +228,22 @@ def _runs_on_shards(step: nn.Module, inputs: Sequence[Tensor]) -> bool:
     return cut.isdisjoint(dim % last.ndim for dim in acts_along(last.ndim))
 
 
-def _on_shards(step: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    return _sharded_as(inputs[-1], _tensor(step(*map(shard_of, map(settled, inputs)))))
+def _on_shards(step: nn.Module, inputs: Sequence[Tensor]) -> Tensor | None:
+    """Return the value, None where its dimensions are not those of the inputs, and what is a batch thus not known."""
+    shard = _tensor(step(*map(shard_of, map(settled, inputs))))
+    return _sharded_as(inputs[-1], shard) if shard.ndim == inputs[-1].ndim else None
 
 
 def _sharded_as(x: Tensor, shard: Tensor) -> Tensor:
+    """Return the tensor that has ``shard`` here, cut as ``x`` is; along other dimensions it may have another size."""
     from torch.distributed.tensor import DTensor
 
-    mesh, placements = cast(Any, x).device_mesh, placements_of(x)
+    mesh, placements = cast(Any, x).device_mesh, placements_of(x) or ()
+    cut = {one.dim % x.ndim for one in placements if hasattr(one, "dim")}
+    shape = torch.Size(x.shape[dim] if dim in cut else size for dim, size in enumerate(shard.shape))
+    stride = torch.empty(shape, device="meta").stride()
     return cast(
-        Tensor,
-        DTensor.from_local(shard, mesh, placements, run_check=False, shape=x.shape, stride=x.stride()),
+        Tensor, DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=stride)
     )
 
 
@@ -315,7 +321,7 @@ def invert(step: nn.Module, value: Tensor) -> Any:
         return _each(right_inverse(value), settled)
     if way == "local" and not getattr(step, "remembers", ()) and _runs_on_shards(step, (value,)):
         shard = right_inverse(shard_of(value))
-        if isinstance(shard, Tensor):
+        if isinstance(shard, Tensor) and shard.ndim == value.ndim:
             return _sharded_as(value, shard)
     return _inverse_of_whole(step, right_inverse, value)
 

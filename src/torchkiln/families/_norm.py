@@ -52,12 +52,17 @@ class WeightNorm(Parametrization):
     """
 
     accepts = "real"
+    sharding = "reduced"
 
     def __init__(self, dim: int = 0, gain: float | None = None) -> None:
         super().__init__()
         if gain is not None:
             check_positive(self, gain=gain)
         self.dim, self.gain = dim, gain
+
+    def event_dims(self, ndim: int) -> Sequence[int]:
+        """Return the dimensions that the norm is taken over."""
+        return [dim for dim in range(ndim) if self.dim == -1 or dim != self.dim % ndim]
 
     @computed
     def forward(self, *originals: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,6 +95,10 @@ class FrobeniusNorm(Projection):
         check_positive(self, norm=norm)
         self.norm, self.per = norm, per
 
+    def event_dims(self, ndim: int) -> Sequence[int]:
+        """Return the dimensions that the norm is taken over."""
+        return range(int(self.per == "row"), ndim)
+
     def _nearest(self, X: Tensor) -> Tensor:
         return maps.onto_sphere(X, self.norm, tuple(range(int(self.per == "row"), X.ndim)))
 
@@ -119,6 +125,10 @@ class UnitNorm(Projection):
     def __init__(self, dim: int = -1) -> None:
         super().__init__()
         self.dim = dim
+
+    def event_dims(self, ndim: int) -> Sequence[int]:  # noqa: ARG002  # the same for every number of them
+        """Return the dimension along which the norm is taken."""
+        return (self.dim,)
 
     def _nearest(self, X: Tensor) -> Tensor:
         return maps.onto_sphere(X, 1.0, (self.dim,))
@@ -222,6 +232,10 @@ class MaxNorm(Projection):
         check_positive(self, bound=bound)
         self.bound, self.dim = bound, dim
 
+    def event_dims(self, ndim: int) -> Sequence[int]:  # noqa: ARG002  # the same for every number of them
+        """Return the dimension along which the norm is taken."""
+        return (self.dim,)
+
     def _nearest(self, X: Tensor) -> Tensor:
         return project_l2(X, self.bound, self.dim)
 
@@ -244,6 +258,10 @@ class Centered(Projection):
     """
 
     accepts = "any"
+
+    def event_dims(self, ndim: int) -> Sequence[int]:
+        """Return the dimensions of the inputs of a channel."""
+        return range(1, ndim)
 
     def _nearest(self, X: Tensor) -> Tensor:
         return remove_mean(X, maps.inputs(X))
@@ -282,6 +300,10 @@ class WeightStandardization(Projection):
         check_argument(self, argument="scale", value=scale, choices=("plain", "fan_in"))
         check_positive(self, gamma=gamma)
         self.scale, self.gamma = scale, gamma
+
+    def event_dims(self, ndim: int) -> Sequence[int]:
+        """Return the dimensions of the inputs of a channel."""
+        return range(1, ndim)
 
     def _nearest(self, X: Tensor) -> Tensor:
         if X.ndim < 2 or X[:1].numel() == 1:
@@ -332,6 +354,10 @@ class EqualizedRate(Parametrization):
         check_positive(self, gain=gain)
         self.gain = gain
 
+    def event_dims(self, ndim: int) -> Sequence[int]:
+        """Return the dimensions of the inputs of a channel."""
+        return range(1, ndim)
+
     @computed
     def forward(self, V: Tensor) -> Tensor:
         return V * self._factor(V)
@@ -371,6 +397,10 @@ class Scaled(Parametrization):
         if scale == 0:
             raise ParametrizationError("Scaled needs a factor that is not 0.")
         self.scale, self.learned = scale, learned
+
+    def event_dims(self, ndim: int) -> Sequence[int]:  # noqa: ARG002  # the same for every number of them
+        """Return no dimension: each number is scaled by itself."""
+        return ()
 
     @computed
     def forward(self, *originals: Tensor) -> Tensor:
