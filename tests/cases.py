@@ -15,6 +15,8 @@ from torchkiln import Parametrization
 from torchkiln.testing._catalogue import Row, example_of, rows
 
 ROWS = list(rows())
+# The first row of each family, by its name; the others are its variants.
+FIRST = {type(row.family).__name__: row for row in reversed(ROWS)}
 
 # These differ from the others in shape alone, and so run with the slow tests.
 SLOW_KINDS = {"not contiguous", "square", "wide"}
