@@ -24,6 +24,7 @@ _NORMS: dict[str, Callable[[Library, nn.Module], Any]] = {
         )
         for map_name in ("matrix_exp", "cayley", "householder")
     },
+    "spectral_norm": lambda library, layer: library.parametrizations.spectral_norm(layer),
 }
 
 

@@ -23,7 +23,7 @@ from torchkiln._core.sharded import shard_of, share
 from torchkiln._core.state import AdvancingStep
 from torchkiln._core.tracing import is_recorded
 from torchkiln.families import SpectralNorm
-from torchkiln.families._maps import norms
+from torchkiln.families._maps import norms, spectral_batch
 from torchkiln.families._maps import orthogonal as orthogonal_maps
 from torchkiln.families._maps import spectral_norm as spectral_maps
 from torchkiln.families._maps.precision import full_precision, widen
@@ -91,7 +91,7 @@ class _Orthogonal(nn.Module):
         # baked copy are the same to the last bit.
         return (Q.mT if wide else Q).to(X.dtype).contiguous()
 
-    def likeness(self) -> Hashable:
+    def likeness(self, _original: Tensor) -> Hashable:
         """Return what has to be equal to be evaluated together, beside the originals."""
         base = self._buffers.get("base")
         return self.orthogonal_map, None if base is None else base.dtype
@@ -356,6 +356,33 @@ class _SpectralNorm(AdvancingStep):
         u, v = self.current_state(weight)
         at = spectral_maps.Iterate(u, v, self.__dict__.pop("_image", None))
         return spectral_maps.spectral_normalize(weight, at, self.dim)
+
+    def likeness(self, weight: Tensor) -> Hashable:
+        """Return what has to be equal to be evaluated together, beside the weights; None where they cannot be."""
+        plain = weight.ndim > 1 and widen(weight) is weight
+        return (self.dim, self.eps, self.n_power_iterations) if plain else None
+
+    @staticmethod
+    def forward_together(steps: Sequence[_SpectralNorm], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return what ``forward`` of each step returns for its weight, by one batch of matrices."""
+        first = steps[0]
+        rows = torch.stack([*weights]).movedim(first.dim + 1, 1)
+        M = rows.flatten(2)
+
+        def advance(xs: list[Tensor], states: list[tuple[Tensor, ...]]) -> Sequence[tuple[Tensor, ...]]:
+            matrices = (
+                M.detach()
+                if len(xs) == len(M)
+                else torch.stack([spectral_maps.as_matrix(x, first.dim) for x in xs])
+            )
+            u, v = (torch.stack(vectors) for vectors in zip(*states, strict=True))
+            u, v = spectral_batch.iterate(matrices, u, v, steps=first.n_power_iterations, eps=first.eps)
+            return list(zip(u.unbind(), v.unbind(), strict=True))
+
+        with full_precision(M):
+            states = AdvancingStep.current_states(steps, weights, advance)
+            u, v = (torch.stack(vectors) for vectors in zip(*states, strict=True))
+            return spectral_batch.normalize(M, u, v).view_as(rows).movedim(1, first.dim + 1).unbind()
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value

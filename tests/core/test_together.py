@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import torchkiln
 from torchkiln import parametrizations, parametrize
-from torchkiln.parametrizations import orthogonal, weight_norm
+from torchkiln.parametrizations import orthogonal, spectral_norm, weight_norm
 
 MAPS = ["matrix_exp", "cayley", "householder"]
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
@@ -136,6 +136,42 @@ def test_inference_mode_keeps_its_values(calls: list[tuple[int, ...]]) -> None:
         torch.testing.assert_close(model(X), expected)
         torch.testing.assert_close(model(X), expected)
     assert calls == [(2, 4, 4)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(4, 4), lambda: nn.Conv1d(3, 3, 3, padding=1)], ids=["linear", "conv"]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_spectral_norm_advances_and_divides_as_single_layers_do(
+    make: Any, training: bool, dtype: torch.dtype
+) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layers = [spectral_norm(make().to(dtype)) for _ in range(3)]
+        models.append(nn.Sequential(*layers).train(training))
+    together, alone = models
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    x = torch.randn(2, 3, 4, dtype=dtype)
+    for _ in range(3):
+        with torchkiln.evaluate_together(together):
+            together(x).square().sum().backward()
+        alone(x).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(together.state_dict(), alone.state_dict())
+
+
+def test_spectral_norm_of_zeros_is_zero() -> None:
+    layers = [spectral_norm(nn.Linear(4, 4, dtype=torch.float64)) for _ in range(2)]
+    nn.init.zeros_(layers[0].parametrizations.weight.original)
+    with torchkiln.evaluate_together(nn.Sequential(*layers)):
+        assert torch.equal(layers[0].weight, torch.zeros(4, 4, dtype=torch.float64))
+        torch.testing.assert_close(
+            torch.linalg.matrix_norm(layers[1].weight, 2).item(), 1.0, atol=0.05, rtol=0
+        )
 
 
 def test_it_wants_a_module() -> None:

@@ -139,7 +139,7 @@ class ParametrizationList(nn.ModuleList):
         """Compute the tensor from its originals."""
         steps = self._modules
         if self._advances and self.training:
-            self._announce_change()
+            self.announce_change()
         if self._disabled_steps:
             return self._forward_of_enabled()
         if self._stand_in is not None:
@@ -179,7 +179,7 @@ class ParametrizationList(nn.ModuleList):
         if getattr(type(module), "advances_state", False):
             self._advances = True
 
-    def _announce_change(self) -> None:
+    def announce_change(self) -> None:
         """Tell the steps whose state advances which versions of the tensors they are evaluated for."""
         for step in self._modules.values():
             if step.training and getattr(type(step), "advances_state", False):

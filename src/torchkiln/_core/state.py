@@ -8,7 +8,7 @@ when the owner's forward ends, or when the mode changes. See ``README.md`` besid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -57,19 +57,48 @@ class AdvancingStep(nn.Module):
 
         In eval mode it is the state as it is; in training mode it is advanced, unless it has been for these originals.
         """
-        buffers = self._state_buffers()
         change = self.__dict__.pop("_change", None)
         if is_recorded():
+            buffers = self._state_buffers()
             return self._advanced_in_place(x, buffers) if self.training else self.adopt(*buffers)
+        progress = self._current_progress()
+        if not self._is_behind(progress, change):
+            return progress.state
+        with torch.no_grad():
+            state = self.advance(x.detach(), *progress.state)
+        return self._advanced(change, state)
+
+    @staticmethod
+    def current_states(
+        steps: Sequence[AdvancingStep],
+        xs: Sequence[Tensor],
+        advance: Callable[[list[Tensor], list[State]], Sequence[State]],
+    ) -> list[State]:
+        """Return :meth:`current_state` of each step, those that are to advance advanced by one call of ``advance``."""
+        changes = [step.__dict__.pop("_change", None) for step in steps]
+        found = [step._current_progress() for step in steps]
+        states = [progress.state for progress in found]
+        behind = [i for i, step in enumerate(steps) if step._is_behind(found[i], changes[i])]
+        if behind:
+            with torch.no_grad():
+                new = advance([xs[i].detach() for i in behind], [states[i] for i in behind])
+            for i, state in zip(behind, new, strict=True):
+                states[i] = steps[i]._advanced(changes[i], state)
+        return states
+
+    def _current_progress(self) -> _Progress:
+        buffers = self._state_buffers()
         progress = self._valid_progress(buffers)
         if progress is None:
             with torch.no_grad():
                 found = self.adopt(*[buffer.clone() for buffer in buffers])
             progress = self._keep(None, found, ahead=False)
-        if not self.training or (change is not None and progress.change == change):
-            return progress.state
-        with torch.no_grad():
-            state = self.advance(x.detach(), *progress.state)
+        return progress
+
+    def _is_behind(self, progress: _Progress, change: tuple[Any, ...] | None) -> bool:
+        return self.training and (change is None or progress.change != change)
+
+    def _advanced(self, change: tuple[Any, ...] | None, state: State) -> State:
         if change is None:  # not in a chain of ours: as torch, by every call
             self._write(state)
             return state

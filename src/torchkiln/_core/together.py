@@ -24,8 +24,11 @@ _is_subclass: Any = _python_dispatch.is_traceable_wrapper_subclass
 class _Batchable(Protocol):
     """A step of which several can be evaluated by one call."""
 
-    def likeness(self) -> Hashable:
-        """Return what has to be equal, beside the originals' shape, dtype and device, to be evaluated together."""
+    def likeness(self, original: Tensor) -> Hashable:
+        """Return what has to be equal to be evaluated together, beside the originals' shape, dtype and device.
+
+        None where it has to be evaluated alone.
+        """
 
     @staticmethod
     def forward_together(steps: Sequence[Any], originals: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -55,6 +58,9 @@ class _Together(Scope):
         }
         if len(alike) == 1:
             return super().evaluate(key, chain)
+        for each in alike.values():
+            if each._advances and each.training:
+                each.announce_change()
         steps = [each._modules["0"] for each in alike.values()]
         originals = [each._parameters["original"] for each in alike.values()]
         together = cast(_Batchable, steps[0]).forward_together
@@ -86,8 +92,11 @@ def _kind(chain: nn.Module) -> Hashable:
     step: Any = steps[0]
     if step._forward_hooks or step._forward_pre_hooks or step._backward_hooks or step._backward_pre_hooks:
         return None
+    likeness = step.likeness(original)
+    if likeness is None:
+        return None
     return (
-        *(type(step), step.likeness(), step.training, original.requires_grad),
+        *(type(step), likeness, step.training, original.requires_grad),
         *(original.shape, original.dtype, original.device),
     )
 
@@ -98,7 +107,8 @@ def evaluate_together(model: nn.Module) -> Iterator[None]:
 
     The first of them that is read computes all: one call instead of dozens, where many small layers have the same
     parametrization, shape and dtype. Values, gradients and guarantees are those of
-    :func:`~torchkiln.parametrize.cached`; ``orthogonal`` is evaluated so, other parametrizations one by one.
+    :func:`~torchkiln.parametrize.cached`; ``orthogonal`` and ``spectral_norm`` are evaluated so, other parametrizations
+    one by one.
 
     Layers evaluated together share a graph. A backward pass from some of them frees it for the others: what was
     computed with those before needs ``retain_graph=True``, what is computed after is evaluated anew.
