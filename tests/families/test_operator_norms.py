@@ -248,6 +248,26 @@ def test_a_fixed_number_of_steps_is_what_torch_does() -> None:
     assert (got.norm() <= expected.norm() * (1 + 1e-9)).item()
 
 
+def test_another_direction_that_becomes_the_largest_is_noticed() -> None:
+    """Power iteration alone, once at a singular vector, would stay there: its gain would be 3."""
+    layer = nn.Linear(4, 4, bias=False, dtype=WIDE)
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.tensor([2.0, 1.0, 0.5, 0.1])))
+    parametrizations.spectral_norm(layer, tolerance=1e-6)
+    original, x = layer.parametrizations.weight.original, torch.ones(1, 4, dtype=WIDE)
+    for _ in range(50):
+        with torch.no_grad():
+            original.add_(0)
+        layer(x)
+    with torch.no_grad():
+        original.copy_(torch.diag(torch.tensor([1.0, 0.5, 0.1, 3.0])))
+    for _ in range(3):
+        layer(x)
+        with torch.no_grad():
+            original.add_(0)
+    assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1.0, abs=1e-6)
+
+
 def test_a_good_vector_is_returned_as_it_is() -> None:
     M = torch.randn(5, 4, dtype=WIDE)
     operator = (lambda v: M @ v), (lambda u: M.mT @ u)

@@ -16,7 +16,7 @@ from torchkiln._core.state import AdvancingStep
 from torchkiln.families._contract import check_argument, check_positive, computed, inverted, largest
 from torchkiln.families._maps import norms
 from torchkiln.families._maps.convolution import Convolution, peak_of
-from torchkiln.families._maps.leading import Operator, leading_vector, starting_vector
+from torchkiln.families._maps.leading import Operator, leading_vector, starting_vector, watched_vectors
 from torchkiln.families._maps.precision import full_precision, widen
 from torchkiln.families._maps.spectral_norm import as_matrix, divisor
 
@@ -98,10 +98,15 @@ class WeightNorm(Parametrization):
 
 
 class _OperatorNorm(AdvancingStep, Parametrization):
-    """Divides by the norm of a linear operator, which power iteration finds; where that is, is the buffer ``v``."""
+    """Divides by the norm of a linear operator, which power iteration finds.
 
-    state_names = ("v",)
+    Where that is, is the buffer ``v``. To a tolerance it would stay at a singular vector, once it is there, though
+    another becomes the largest: a second one, ``watch``, looks for that in all other directions.
+    """
+
+    state_names = ("v", "watch")
     v: Tensor | None
+    watch: Tensor | None
     coefficient: float
     cap: bool
     steps: int | None
@@ -118,6 +123,11 @@ class _OperatorNorm(AdvancingStep, Parametrization):
         """The tolerance; None for a fixed number of steps."""
         raise NotImplementedError
 
+    def _register_state(self) -> None:
+        self.register_buffer("v", None)
+        if self.steps is None:
+            self.register_buffer("watch", None)
+
     def _norm(self, W: Tensor) -> Tensor:
         """Return the norm, differentiable."""
         v = self._vector(W.detach())
@@ -125,38 +135,40 @@ class _OperatorNorm(AdvancingStep, Parametrization):
         return norm
 
     def _vector(self, W: Tensor) -> Tensor:
-        transformed = torch._C._are_functorch_transforms_active()
-        if self.v is None or transformed:
-            v = self._start(W) if self.v is None else self.v.to(W.dtype)
-        else:
-            (v,) = self.current_state(W)
-            if self.training:  # it was advanced for W
-                return v.to(W.dtype)
+        if self.v is None:
+            return self._start(W)[0]
+        if torch._C._are_functorch_transforms_active():
+            return self.advance(W, *self._state_buffers())[0]
+        v = self.current_state(W)[0].to(W.dtype)
+        if self.training:  # it was advanced for W
+            return v
         # In eval mode nothing is kept, and what has been averaged or loaded is put right for W.
-        steps = 0 if self.v is not None and not self.training else self.steps or 1
-        return leading_vector(self._operator(W), v.to(W.dtype), steps=steps, tolerance=self._precision)
+        return leading_vector(self._operator(W), v, steps=0, tolerance=self._precision)
 
     def advance(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """Return the vector after ``state``, for the original ``x``."""
+        """Return the vectors after ``state``, for the original ``x``."""
         with full_precision(x):
             W = widen(x)
-            v = state[0].to(W.dtype)
-            steps = self.steps or 1
-            return (leading_vector(self._operator(W), v, steps=steps, tolerance=self._precision),)
+            operator = self._operator(W)
+            vectors = tuple(vector.to(W.dtype) for vector in state)
+            if self.steps is None:
+                return watched_vectors(operator, *vectors, tolerance=self._precision)
+            return (leading_vector(operator, *vectors, steps=self.steps, tolerance=None),)
 
-    def _start(self, W: Tensor) -> Tensor:
-        v = starting_vector(self._domain(W), W)
-        return leading_vector(self._operator(W), v, steps=_STARTING_STEPS, tolerance=self._precision)
+    def _start(self, W: Tensor) -> tuple[Tensor, ...]:
+        start = starting_vector(self._domain(W), W)
+        v = leading_vector(self._operator(W), start, steps=_STARTING_STEPS, tolerance=self._precision)
+        return (v, start) if self.steps is None else (v,)
 
     @torch.no_grad()
     def reset(self, W: Tensor) -> None:
         """Look for the norm of the original ``W`` anew, from a vector that knows nothing of the past."""
         with full_precision(W):
-            v = self._start(widen(W.detach()))
-        if self.v is None:
-            self.v = v
-        else:
-            self._write((v,))
+            self._set(self._start(widen(W.detach())))
+
+    def _set(self, state: tuple[Tensor, ...]) -> None:
+        for name, vector in zip(self.state_names, state, strict=False):
+            setattr(self, name, vector.clone())
 
     @computed
     def forward(self, W: Tensor) -> Tensor:
@@ -164,7 +176,7 @@ class _OperatorNorm(AdvancingStep, Parametrization):
 
     @inverted
     def right_inverse(self, W: Tensor) -> Tensor:
-        self.v = self._start(W)
+        self._set(self._start(W))
         return W
 
     def _excess(self, norm: Tensor) -> Tensor:
@@ -187,7 +199,7 @@ class SpectralNorm(_OperatorNorm):
 
     The norm is found by power iteration from the buffer ``v``, which follows the original in training and stands still
     in eval mode; there the iteration goes on from it, to the tolerance, without keeping anything: averaged or loaded
-    vectors do no harm.
+    vectors do no harm. The buffer ``watch`` notices when another direction becomes the largest.
 
     Numerics:
         The estimate is from below; the error is of the order of the tolerance where the two largest singular values
@@ -230,7 +242,7 @@ class SpectralNorm(_OperatorNorm):
             steps,
             tolerance,
         )
-        self.register_buffer("v", None)
+        self._register_state()
 
     @property
     def _precision(self) -> float | None:
@@ -328,7 +340,7 @@ class ConvSpectralNorm(_OperatorNorm):
         self.stride, self.padding, self.padding_mode, self.dilation = stride, padding, padding_mode, dilation
         self.groups, self.transposed, self.output_padding = groups, transposed, output_padding
         self.steps, self.tolerance = steps, tolerance
-        self.register_buffer("v", None)
+        self._register_state()
 
     @classmethod
     def of(cls: type[ConvT], module: nn.Module, coefficient: float = 1.0, **options: Any) -> ConvT:
@@ -404,7 +416,7 @@ class ConvSpectralNorm(_OperatorNorm):
     def right_inverse(self, W: Tensor) -> Tensor:
         self._convolution(W)
         if self.method == "power":
-            self.v = self._start(W)
+            self._set(self._start(W))
         return W
 
     def residual(self, W: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from torchkiln.families._maps.norms import has_kernel
 
-__all__ = ["Operator", "leading_vector", "starting_vector"]
+__all__ = ["Operator", "leading_vector", "starting_vector", "watched_vectors"]
 
 # An operator on vectors of any shape, and its adjoint.
 Operator = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
@@ -17,14 +18,16 @@ Operator = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 _MOST_STEPS = 2000
 # Where the host cannot look at numbers, in a graph or under torch.func, the number of steps is fixed.
 _BLIND_STEPS = 50
+_TRACE = 0.01
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def starting_vector(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return a unit vector in a general direction, the same each time."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    """Return a unit vector in a general direction, the same each time: a chirp, which draws no random number."""
+    index = torch.arange(math.prod(shape), dtype=torch.float64, device=like.device)
+    x = torch.cos(_GOLDEN * index * index + index)
     length: Tensor = torch.linalg.vector_norm(x)
-    return (x / length).to(like)
+    return (x / length).to(like.dtype).view(shape)
 
 
 @torch.no_grad()
@@ -54,6 +57,29 @@ def leading_vector(operator: Operator, v: Tensor, *, steps: int, tolerance: floa
             break
         v = _unit(again, v)
     return v
+
+
+@torch.no_grad()
+def watched_vectors(
+    operator: Operator, v: Tensor, watch: Tensor, *, tolerance: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return what :func:`leading_vector` does, and a vector across it that is on its way to the next singular one.
+
+    Where the operator stretches ``watch`` more than ``v``, the search goes on from there. A trace of a fixed vector
+    keeps it open to every direction.
+    """
+    there, back = operator
+    v, watch = _unit(v, v), _unit(watch, watch)
+    overtaken = torch.linalg.vector_norm(there(watch)) > torch.linalg.vector_norm(there(v))
+    v, watch = torch.where(overtaken, watch, v), torch.where(overtaken, v, watch)
+    v = leading_vector(operator, v, steps=1, tolerance=tolerance)
+    open_to_all = starting_vector(tuple(v.shape), v)
+    watch = back(there(_across(watch + _TRACE * open_to_all, v)))
+    return v, _unit(_across(watch, v), open_to_all)
+
+
+def _across(x: Tensor, v: Tensor) -> Tensor:
+    return x - (v.conj() * x).sum() * v
 
 
 def _is_settled(v: Tensor, image: Tensor, again: Tensor, *, tolerance: float | None) -> bool:
