@@ -17,6 +17,7 @@ from torchkiln.families._contract import check_argument, check_positive, compute
 from torchkiln.families._maps import norms
 from torchkiln.families._maps.convolution import Convolution, peak_of
 from torchkiln.families._maps.leading import Operator, leading_vector, starting_vector, watched_vectors
+from torchkiln.families._maps.leading import norms as stretched
 from torchkiln.families._maps.precision import full_precision, widen
 from torchkiln.families._maps.spectral_norm import as_matrix, divisor
 
@@ -118,9 +119,13 @@ class _OperatorNorm(AdvancingStep, Parametrization):
         """Return the shape of the vectors that the operator takes."""
         raise NotImplementedError
 
+    def _blocks(self) -> int:
+        """Return how many operators there are, each on its own part of the vectors."""
+        return 1
+
     @property
-    def _precision(self) -> float | None:
-        """The tolerance; None for a fixed number of steps."""
+    def _precision(self) -> float:
+        """The tolerance."""
         raise NotImplementedError
 
     def _register_state(self) -> None:
@@ -131,33 +136,36 @@ class _OperatorNorm(AdvancingStep, Parametrization):
     def _norm(self, W: Tensor) -> Tensor:
         """Return the norm, differentiable."""
         v = self._vector(W.detach())
-        norm: Tensor = torch.linalg.vector_norm(self._operator(W)[0](v))
-        return norm
+        return stretched(self._operator(W)[0](v), self._blocks()).max()
 
     def _vector(self, W: Tensor) -> Tensor:
         if self.v is None:
             return self._start(W)[0]
         if torch._C._are_functorch_transforms_active():
             return self.advance(W, *self._state_buffers())[0]
-        v = self.current_state(W)[0].to(W.dtype)
+        state = self.current_state(W)
         if self.training:  # it was advanced for W
-            return v
+            return state[0].to(W.dtype)
         # In eval mode nothing is kept, and what has been averaged or loaded is put right for W.
-        return leading_vector(self._operator(W), v, steps=0, tolerance=self._precision)
+        return self._found(W, state, steps=0)[0]
 
     def advance(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Return the vectors after ``state``, for the original ``x``."""
         with full_precision(x):
-            W = widen(x)
-            operator = self._operator(W)
-            vectors = tuple(vector.to(W.dtype) for vector in state)
-            if self.steps is None:
-                return watched_vectors(operator, *vectors, tolerance=self._precision)
-            return (leading_vector(operator, *vectors, steps=self.steps, tolerance=None),)
+            return self._found(widen(x), state, steps=self.steps)
+
+    def _found(self, W: Tensor, state: tuple[Tensor, ...], *, steps: int | None) -> tuple[Tensor, ...]:
+        v, *watch = (vector.to(W.dtype) for vector in state)
+        operator, blocks = self._operator(W), self._blocks()
+        if not watch:
+            return (leading_vector(operator, v, steps=steps or 0, tolerance=None, blocks=blocks),)
+        return watched_vectors(operator, v, *watch, tolerance=self._precision, blocks=blocks)
 
     def _start(self, W: Tensor) -> tuple[Tensor, ...]:
         start = starting_vector(self._domain(W), W)
-        v = leading_vector(self._operator(W), start, steps=_STARTING_STEPS, tolerance=self._precision)
+        v = leading_vector(
+            self._operator(W), start, steps=1, tolerance=self._precision, blocks=self._blocks()
+        )
         return (v, start) if self.steps is None else (v,)
 
     @torch.no_grad()
@@ -184,9 +192,6 @@ class _OperatorNorm(AdvancingStep, Parametrization):
 
     def _from_normal(self, Z: Tensor) -> Tensor:
         return self.project(Z)
-
-
-_STARTING_STEPS = 100
 
 
 class SpectralNorm(_OperatorNorm):
@@ -245,8 +250,8 @@ class SpectralNorm(_OperatorNorm):
         self._register_state()
 
     @property
-    def _precision(self) -> float | None:
-        return self.tolerance if self.steps is None else None
+    def _precision(self) -> float:
+        return self.tolerance
 
     def _matrix(self, W: Tensor) -> Tensor:
         return as_matrix(W, self.dim % W.ndim) if W.ndim > 1 else W[:, None]
@@ -358,9 +363,12 @@ class ConvSpectralNorm(_OperatorNorm):
         names = ("stride", "padding", "padding_mode", "dilation", "groups", "transposed", "output_padding")
         return cls(coefficient, **{name: _shortest(getattr(module, name)) for name in names}, **options)
 
+    def _blocks(self) -> int:
+        return self.groups
+
     @property
-    def _precision(self) -> float | None:
-        return (1e-3 if self.tolerance is None else self.tolerance) if self.steps is None else None
+    def _precision(self) -> float:
+        return 1e-3 if self.tolerance is None else self.tolerance
 
     def _convolution(self, W: Tensor) -> Convolution:
         """Return the operator of a weight.

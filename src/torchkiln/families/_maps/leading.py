@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchkiln.families._maps.norms import has_kernel
 
-__all__ = ["Operator", "leading_vector", "starting_vector", "watched_vectors"]
+__all__ = ["Operator", "leading_vector", "norms", "starting_vector", "watched_vectors"]
 
 # An operator on vectors of any shape, and its adjoint.
 Operator = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
@@ -18,7 +18,9 @@ Operator = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 _MOST_STEPS = 2000
 # Where the host cannot look at numbers, in a graph or under torch.func, the number of steps is fixed.
 _BLIND_STEPS = 50
+# How much of a general direction is mixed in, and how many steps are taken, to see whether another is the largest.
 _TRACE = 0.01
+_LOOKS = 4
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -31,65 +33,96 @@ def starting_vector(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def leading_vector(operator: Operator, v: Tensor, *, steps: int, tolerance: float | None) -> Tensor:
+def leading_vector(
+    operator: Operator, v: Tensor, *, steps: int, tolerance: float | None, blocks: int = 1
+) -> Tensor:
     r"""Return a unit vector that the operator A stretches more than ``v``, up to :math:`\sigma_1`.
 
-    Each step is :math:`v \leftarrow A^* A v / \|A^* A v\|`. The length of ``v`` does not matter.
+    Each step is :math:`v \leftarrow A^* A v / \|A^* A v\|`. The length of ``v`` does not matter. An operator that is
+    diagonal by blocks has such a vector for each: no step leads from one block to another.
 
     Args:
         operator: A and its adjoint.
         v: the vector to start from.
         steps: number of iterations.
-        tolerance: iterate until :math:`\|A^* A v - \sigma^2 v\| \le` ``tolerance`` :math:`\sigma^2`, with
+        tolerance: iterate until :math:`\|A^* A v - \sigma^2 v\| \le` ``tolerance`` :math:`\sigma_1^2`, with
             :math:`\sigma = \|A v\|`, at most 2000 times. A vector that is that good already is returned as it is. The
             host then waits for the device at each step.
+        blocks: the number of blocks, each of consecutive entries.
     """
     there, back = operator
-    v = _unit(v, v)
+    v = _unit(v, v, blocks)
+    looks = tolerance is not None and has_kernel(v)
     if tolerance is not None:
         tolerance = max(tolerance, 32 * torch.finfo(v.dtype).eps)
-        steps = _MOST_STEPS if has_kernel(v) else _BLIND_STEPS
-    looks = tolerance is not None and has_kernel(v)
+        steps = _MOST_STEPS if looks else _BLIND_STEPS
     for _ in range(steps):
         image = there(v)
         again = back(image)
-        if looks and _is_settled(v, image, again, tolerance=tolerance):
+        if looks and _is_settled(again, v, norms(image, blocks), tolerance=tolerance):
             break
-        v = _unit(again, v)
+        v = _unit(again, v, blocks)
     return v
+
+
+def _is_settled(again: Tensor, v: Tensor, sigma: Tensor, *, tolerance: float | None) -> bool:
+    assert tolerance is not None
+    squared = sigma.square()
+    rest = norms(again - _scaled(v, squared), sigma.numel())
+    return bool((rest <= tolerance * squared.max()).all())
 
 
 @torch.no_grad()
 def watched_vectors(
-    operator: Operator, v: Tensor, watch: Tensor, *, tolerance: float | None
+    operator: Operator, v: Tensor, watch: Tensor, *, tolerance: float, blocks: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Return what :func:`leading_vector` does, and a vector across it that is on its way to the next singular one.
 
     Where the operator stretches ``watch`` more than ``v``, the search goes on from there. A trace of a fixed vector
-    keeps it open to every direction.
+    keeps it open to every direction. Where ``v`` was good, nothing is looked for.
     """
-    there, back = operator
-    v, watch = _unit(v, v), _unit(watch, watch)
-    overtaken = torch.linalg.vector_norm(there(watch)) > torch.linalg.vector_norm(there(v))
-    v, watch = torch.where(overtaken, watch, v), torch.where(overtaken, v, watch)
-    v = leading_vector(operator, v, steps=1, tolerance=tolerance)
-    open_to_all = starting_vector(tuple(v.shape), v)
-    watch = back(there(_across(watch + _TRACE * open_to_all, v)))
-    return v, _unit(_across(watch, v), open_to_all)
+    before = _unit(v, v, blocks)
+    v, watch = _larger_first(operator, before, _unit(watch, watch, blocks), blocks)
+    v = leading_vector(operator, v, steps=1, tolerance=tolerance, blocks=blocks)
+    if has_kernel(v) and torch.equal(v, before):
+        return v, watch
+    start = starting_vector(tuple(v.shape), v)
+    watch = watch + _TRACE * start
+    for _ in range(_LOOKS):
+        image = operator[1](operator[0](_across(watch, v, blocks)))
+        watch = _unit(_across(image, v, blocks), start, blocks)
+    v, watch = _larger_first(operator, v, watch, blocks)
+    return leading_vector(operator, v, steps=1, tolerance=tolerance, blocks=blocks), watch
 
 
-def _across(x: Tensor, v: Tensor) -> Tensor:
-    return x - (v.conj() * x).sum() * v
+def _larger_first(operator: Operator, v: Tensor, watch: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Return both vectors, that which the operator stretches more first, for each block."""
+    overtaken = norms(operator[0](watch), blocks) > norms(operator[0](v), blocks)
+    v_, watch_ = v.reshape(blocks, -1), watch.reshape(blocks, -1)
+    both = (torch.where(overtaken[:, None], one, other) for one, other in ((watch_, v_), (v_, watch_)))
+    first, second = (one.view(v.shape) for one in both)
+    return first, second
 
 
-def _is_settled(v: Tensor, image: Tensor, again: Tensor, *, tolerance: float | None) -> bool:
-    assert tolerance is not None
-    squared = torch.linalg.vector_norm(image).square()
-    return bool(torch.linalg.vector_norm(again - squared * v) <= tolerance * squared)
+def _across(x: Tensor, v: Tensor, blocks: int) -> Tensor:
+    along = (v.conj() * x).reshape(blocks, -1).sum(1)
+    return x - _scaled(v, along)
 
 
-def _unit(x: Tensor, fallback: Tensor) -> Tensor:
-    """Return ``x`` at length 1; one that has that length already, to rounding, as it is."""
-    norm = torch.linalg.vector_norm(x)
-    kept = ((norm - 1).abs() <= 32 * torch.finfo(x.dtype).eps) & (norm > 0)
-    return torch.where(kept, x, torch.where(norm == 0, fallback, x / norm))
+def norms(x: Tensor, blocks: int) -> Tensor:
+    """Return the length of each block of ``x``."""
+    lengths: Tensor = torch.linalg.vector_norm(x.reshape(blocks, -1), dim=1)
+    return lengths
+
+
+def _scaled(x: Tensor, factors: Tensor) -> Tensor:
+    return (x.reshape(factors.numel(), -1) * factors[:, None]).view(x.shape)
+
+
+def _unit(x: Tensor, fallback: Tensor, blocks: int) -> Tensor:
+    """Return ``x`` with blocks of length 1; those that have it already, to rounding, as they are."""
+    length = norms(x, blocks)[:, None]
+    blocks_of_x, others = x.reshape(blocks, -1), fallback.reshape(blocks, -1)
+    kept = (length - 1).abs() <= 32 * torch.finfo(x.dtype).eps
+    unit = torch.where(kept, blocks_of_x, torch.where(length == 0, others, blocks_of_x / length))
+    return unit.view(x.shape)
