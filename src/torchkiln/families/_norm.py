@@ -99,7 +99,7 @@ class WeightNorm(Parametrization):
 
 
 class _OperatorNorm(AdvancingStep, Parametrization):
-    """Divides by the norm of a linear operator, which power iteration finds.
+    """Divides by the norm of a linear operator, which an iteration finds.
 
     Where that is, is the buffer ``v``. To a tolerance it would stay at a singular vector, once it is there, though
     another becomes the largest: a second one, ``watch``, looks for that in all other directions.
@@ -202,7 +202,7 @@ class SpectralNorm(_OperatorNorm):
     The matrix has ``dim`` as rows and everything else as columns. For a convolution that is not the norm of its
     operator, which :class:`ConvSpectralNorm` has.
 
-    The norm is found by power iteration from the buffer ``v``, which follows the original in training and stands still
+    The norm is found by iteration from the buffer ``v``, which follows the original in training and stands still
     in eval mode; there the iteration goes on from it, to the tolerance, without keeping anything: averaged or loaded
     vectors do no harm. The buffer ``watch`` notices when another direction becomes the largest.
 
@@ -216,7 +216,7 @@ class SpectralNorm(_OperatorNorm):
         dim: The dimension of the outputs.
         steps: A fixed number of iterations for each change of the original, in place of the tolerance.
         tolerance: How far the vector may be from a singular one, relative to the norm. Looking at that makes the host
-            wait for the device; graphs and ``torch.func`` take 50 steps instead.
+            wait for the device; in graphs and under ``torch.func`` the effort is fixed instead.
 
     Example:
         >>> SpectralNorm(2.0).project(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
@@ -279,7 +279,7 @@ class ConvSpectralNorm(_OperatorNorm):
     - ``"bound"``: a certified bound for images of every size, from the transfer function on a grid of frequencies. For
       zero padding it is above the norm that large images approach by the tolerance at most; looser for other paddings.
     - ``"exact"``: for circular padding, at one size of images: the transfer function at their frequencies.
-    - ``"power"``: power iteration on the convolution itself at one size; an estimate from below, within the tolerance.
+    - ``"power"``: iteration on the convolution itself at one size; an estimate from below, within the tolerance.
 
     Numerics:
         Zeros stay zeros. The gradient takes the singular vectors for constants, as that of :class:`SpectralNorm` does.

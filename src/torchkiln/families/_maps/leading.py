@@ -1,4 +1,4 @@
-"""The leading singular vector of a linear operator, by power iteration from where it was; no state of its own."""
+"""The leading singular vector of a linear operator, searched from where it was; no state of its own."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ __all__ = ["Operator", "leading_vector", "norms", "starting_vector", "watched_ve
 # An operator on vectors of any shape, and its adjoint.
 Operator = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
-_MOST_STEPS = 2000
-# Where the host cannot look at numbers, in a graph or under torch.func, the number of steps is fixed.
-_BLIND_STEPS = 50
+_MOST_SEARCHES = 200
+_DEPTH = 6
+# Where the host cannot look at numbers, in a graph or under torch.func, there is one search, of this depth.
+_BLIND_DEPTH = 24
 # How much of a general direction is mixed in, and how many steps are taken, to see whether another is the largest.
 _TRACE = 0.01
 _LOOKS = 4
@@ -38,35 +39,56 @@ def leading_vector(
 ) -> Tensor:
     r"""Return a unit vector that the operator A stretches more than ``v``, up to :math:`\sigma_1`.
 
-    Each step is :math:`v \leftarrow A^* A v / \|A^* A v\|`. The length of ``v`` does not matter. An operator that is
-    diagonal by blocks has such a vector for each: no step leads from one block to another.
+    With a tolerance, by Lanczos' method: the best vector of the span of :math:`v, A^*A v, (A^*A)^2 v, \dots`, started
+    again from there; it needs the square root of the steps that power iteration needs. The length of ``v`` does not
+    matter. An operator that is diagonal by blocks has such a vector for each: no step leads from one to another.
 
     Args:
         operator: A and its adjoint.
         v: the vector to start from.
-        steps: number of iterations.
-        tolerance: iterate until :math:`\|A^* A v - \sigma^2 v\| \le` ``tolerance`` :math:`\sigma_1^2`, with
-            :math:`\sigma = \|A v\|`, at most 2000 times. A vector that is that good already is returned as it is. The
-            host then waits for the device at each step.
+        steps: number of power iterations, :math:`v \leftarrow A^* A v / \|A^* A v\|`, where there is no tolerance.
+        tolerance: search until :math:`\|A^* A v - \sigma^2 v\| \le` ``tolerance`` :math:`\sigma_1^2`, with
+            :math:`\sigma = \|A v\|`. A vector that is that good already is returned as it is. The host then waits for
+            the device at each search.
         blocks: the number of blocks, each of consecutive entries.
     """
     there, back = operator
     v = _unit(v, v, blocks)
-    looks = tolerance is not None and has_kernel(v)
-    if tolerance is not None:
-        tolerance = max(tolerance, 32 * torch.finfo(v.dtype).eps)
-        steps = _MOST_STEPS if looks else _BLIND_STEPS
-    for _ in range(steps):
+    if tolerance is None:
+        for _ in range(steps):
+            v = _unit(back(there(v)), v, blocks)
+        return v
+    if not has_kernel(v):
+        return _best_in_span(operator, v, _BLIND_DEPTH, blocks=blocks)
+    tolerance = max(tolerance, 32 * torch.finfo(v.dtype).eps)
+    for _ in range(_MOST_SEARCHES):
         image = there(v)
-        again = back(image)
-        if looks and _is_settled(again, v, norms(image, blocks), tolerance=tolerance):
+        if _is_settled(back(image), v, norms(image, blocks), tolerance=tolerance):
             break
-        v = _unit(again, v, blocks)
+        v = _best_in_span(operator, v, _DEPTH, blocks=blocks)
     return v
 
 
-def _is_settled(again: Tensor, v: Tensor, sigma: Tensor, *, tolerance: float | None) -> bool:
-    assert tolerance is not None
+def _best_in_span(operator: Operator, v: Tensor, depth: int, *, blocks: int) -> Tensor:
+    """Return the vector that is stretched most of those that ``depth`` applications of the operator span."""
+    basis, images = [v.reshape(blocks, -1)], []
+    for _ in range(depth):
+        image = operator[1](operator[0](basis[-1].view(v.shape))).reshape(blocks, -1)
+        images.append(image)
+        Q = torch.stack(basis, 1)
+        for _ in range(2):  # once leaves what rounding makes of it
+            image = image - ((Q.conj() @ image[..., None]).mT @ Q)[:, 0]
+        # Where the span is complete there is no further direction.
+        length = torch.linalg.vector_norm(image, dim=1, keepdim=True)
+        is_new = length > torch.finfo(v.dtype).eps * norms(images[-1], blocks)[:, None]
+        basis.append(torch.where(is_new, image / length, 0))
+    Q = torch.stack(basis[:-1], 1)
+    T = Q.conj() @ torch.stack(images, 1).mT
+    weights = torch.linalg.eigh((T + T.mH) / 2)[1][..., -1]
+    return _unit((weights[:, None] @ Q).view(v.shape), v, blocks)
+
+
+def _is_settled(again: Tensor, v: Tensor, sigma: Tensor, *, tolerance: float) -> bool:
     squared = sigma.square()
     rest = norms(again - _scaled(v, squared), sigma.numel())
     return bool((rest <= tolerance * squared.max()).all())
