@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import pytest
 
-from distributed import ddp_operations, fsdp_operations
+from distributed import ddp_operations, fsdp_operations, tensor_operations
 from distributed.ranks import RankError, Ranks
 from distributed.training import BUILT_INS
 from parametrize.oracle import OURS, TORCH, Impl
 
-ENGINES = {"DDP": ddp_operations.OPERATIONS, "FSDP2": fsdp_operations.OPERATIONS}
+ENGINES = {
+    "DDP": ddp_operations.OPERATIONS,
+    "FSDP2": fsdp_operations.OPERATIONS,
+    "tensor parallel": tensor_operations.OPERATIONS,
+}
 CASES = [(engine, operation) for engine, operations in ENGINES.items() for operation in operations]
 
 
