@@ -268,6 +268,30 @@ def test_another_direction_that_becomes_the_largest_is_noticed() -> None:
     assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1.0, abs=1e-6)
 
 
+def test_another_group_that_becomes_the_largest_is_noticed() -> None:
+    """No iteration leads from one group to another, and in eval mode nothing has been advanced."""
+    layer, size = normed("groups", method="power", tolerance=1e-6)
+    with torch.no_grad():
+        W = layer.parametrizations.weight.original
+        W[:3].mul_(0.1)
+        layer(torch.ones(1, 4, *size, dtype=WIDE))
+        W[:3].mul_(100.0)
+    assert norm_of(layer, size).item() == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_graph_is_right_where_singular_values_are_close() -> None:
+    """It cannot look whether it has come far enough; after fifty power iterations it would be off by 0.005."""
+    layer = parametrizations.spectral_norm(nn.Linear(128, 10, bias=False, dtype=WIDE), tolerance=1e-6).eval()
+    with torch.no_grad():
+        U, _, Vh = torch.linalg.svd(torch.randn(10, 128, dtype=WIDE), full_matrices=False)
+        layer.parametrizations.weight.original.copy_(
+            U @ torch.diag(torch.linspace(0.9, 1.0, 10).double()) @ Vh
+        )
+    compiled = torch.compile(lambda module: module.weight, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(layer), layer.weight, rtol=1e-6, atol=1e-8)
+
+
 def test_a_good_vector_is_returned_as_it_is() -> None:
     M = torch.randn(5, 4, dtype=WIDE)
     operator = (lambda v: M @ v), (lambda u: M.mT @ u)
