@@ -261,6 +261,23 @@ def test_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base.safetensors"]
 
 
+@pytest.mark.parametrize(("flag", "match"), [(False, "layers.0.o: whether its square weight"), (True, "")])
+def test_a_square_weight_goes_the_way_that_the_others_show(flag: bool, match: str, tmp_path: Path) -> None:
+    square, wide = torch.randn(4, 4), torch.randn(4, 6)  # inputs first
+    safetensors.torch.save_file(
+        {"layers.0.o.weight": square, f"{Q0}.weight": wide}, tmp_path / "base.safetensors"
+    )
+    tensors = {**lora(Q0), **lora("layers.0.o", sizes=(4, 4))}
+    adapter = folder(tmp_path / "a", tensors, fan_in_fan_out=flag)
+    if match:
+        with pytest.raises(CheckpointError, match=match):
+            merged(tmp_path / "base.safetensors", adapter)
+        return
+    result = merged(tmp_path / "base.safetensors", adapter)
+    torch.testing.assert_close(result["layers.0.o.weight"], square + delta(tensors, "layers.0.o").T)
+    torch.testing.assert_close(result[f"{Q0}.weight"], wide + delta(tensors).T)
+
+
 def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(
         {f"{Q0}.weight": torch.ones(6, 4, dtype=torch.int8)}, tmp_path / "base.safetensors"

@@ -303,6 +303,7 @@ def _module_changes(
     )
     together.update({part: entry for part, (entry, _) in generated.items()})
     made = {part: make for part, (_, make) in generated.items()}
+    _check_orientation(adapter, parsed, sizes)
     planned = []
     for module, keys in parsed.modules.items():
         parts = {**together, **{part: entries[key] for part, key in keys.items()}}
@@ -314,6 +315,26 @@ def _module_changes(
             tensor = edit.tensor if edit.tensor != "weight" else named[module]
             planned.append((str(rename(f"{module}.{tensor}")), step))
     return planned
+
+
+def _check_orientation(
+    adapter: OpenAdapter, parsed: Parsed, sizes: Mapping[str, Mapping[str, Entry]]
+) -> None:
+    """Raise unless the setting for square weights is what the others show: PEFT keeps one for all modules."""
+    inputs_first: set[bool] = set()
+    square = ""
+    for module, keys in parsed.modules.items():
+        shape = sizes[module]["weight"].shape
+        if "lora_A.weight" in keys and len(shape) == 2:
+            square = module if shape[0] == shape[1] else square
+            if shape[0] != shape[1]:
+                inputs_first.add(adapter.group.entries[keys["lora_A.weight"]].shape[-1] == shape[0])
+    flag = adapter.settings.flag("fan_in_fan_out")
+    if square and (not flag) in inputs_first:
+        raise CheckpointError(
+            f"{adapter.path}: {square}: whether its square weight has its inputs first is not in the files: "
+            f"fan_in_fan_out is {str(flag).lower()}, and other layers are the other way round.\nMerge it with PEFT."
+        )
 
 
 def _tensors_of(module: str, tensor: str, base: Mapping[str, Entry], rename: Renamed) -> dict[str, Entry]:
