@@ -372,6 +372,12 @@ def test_a_value_without_a_norm_is_refused() -> None:
     assert same(layer.state_dict(), before)
 
 
+def test_a_value_that_has_no_singular_vectors_is_refused_by_name() -> None:
+    layer = MAKE["spectral_norm"]()
+    with pytest.raises(ParametrizationError, match="weight: its spectral norm cannot be computed"):
+        load_state_dict(layer, {"weight": torch.full((4, 4), torch.inf), "bias": torch.zeros(4)})
+
+
 @pytest.mark.parametrize("norm", ["spectral_norm", "weight_norm"])
 def test_zeros_are_loaded_as_zeros(norm: str) -> None:
     layer = MAKE[norm]()

@@ -127,7 +127,12 @@ class ChainTarget(Target):
             versions = {key: tensor._version for key, tensor in before.items()}
             self._invert(chain, value)
             with frozen(chain):
-                settle_norms(chain)
+                try:
+                    settle_norms(chain)
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, and not in its __all__
+                    raise ParametrizationError(
+                        f"{self.name}: its spectral norm cannot be computed. Look for values that are not finite."
+                    ) from error
                 loaded = chain()
         state = self._state(chain)
         # What nothing has set has no value where the module has no data: torch reports it as missing.
