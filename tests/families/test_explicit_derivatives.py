@@ -1,0 +1,138 @@
+"""Maps with hand-written derivatives: every way of differentiating and recording them gives the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from parametrize.oracle import OURS, TORCH, Impl
+from torchkiln.families._maps import orthogonal as maps
+
+# torch's own: forward mode compiles with jit.script, and vmap lacks a batching rule or two.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning",
+    "ignore:There is a performance drop because we have not yet implemented the batching rule:UserWarning",
+)
+
+Map = Callable[[Tensor], Tensor]
+
+EVERY_MAP = pytest.mark.parametrize(
+    "f", [maps.exponential, maps.cayley, maps.householder], ids=["exponential", "cayley", "householder"]
+)
+# Square, full, thin, and a batch.
+EVERY_SHAPE = pytest.mark.parametrize("shape", [(3, 3), (4, 3), (5, 2), (2, 3, 2)], ids=str)
+
+
+def free(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+@EVERY_MAP
+@EVERY_SHAPE
+def test_first_derivatives(f: Map, shape: tuple[int, ...]) -> None:
+    assert gradcheck(f, free(shape), check_forward_ad=True, check_batched_grad=True)
+
+
+@EVERY_MAP
+@EVERY_SHAPE
+def test_second_derivatives(f: Map, shape: tuple[int, ...]) -> None:
+    assert gradgradcheck(f, free(shape), check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("f", [maps.exponential, maps.cayley], ids=["exponential", "cayley"])
+@pytest.mark.parametrize("shape", [(3, 3), (5, 2)], ids=str)
+def test_complex_derivatives(f: Map, shape: tuple[int, ...]) -> None:
+    X = free(shape, torch.complex128)
+    assert gradcheck(f, X, check_forward_ad=True)
+    assert gradgradcheck(f, X)
+
+
+@EVERY_MAP
+@pytest.mark.parametrize("shape", [(3, 3), (5, 2)], ids=str)
+def test_derivatives_at_the_start(f: Map, shape: tuple[int, ...]) -> None:
+    """A is zero there; only the diagonal is not, whose signs the Householder map reads."""
+    X = -torch.eye(*shape, dtype=torch.float64)
+    X.requires_grad_()
+    assert gradcheck(f, X)
+    assert gradgradcheck(f, X)
+
+
+def cubes(f: Map) -> Map:
+    return lambda X: f(X).pow(3).sum()
+
+
+@EVERY_MAP
+@EVERY_SHAPE
+def test_transforms(f: Map, shape: tuple[int, ...]) -> None:
+    X = free(shape)
+    Xs = torch.stack([X.detach(), 2 * X.detach()])
+    (expected,) = torch.autograd.grad(cubes(f)(X), X)
+    torch.testing.assert_close(torch.func.grad(cubes(f))(X.detach()), expected)
+    torch.testing.assert_close(torch.func.vmap(f)(Xs), torch.stack([f(one) for one in Xs]))
+    each = torch.stack([torch.func.grad(cubes(f))(one) for one in Xs])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(cubes(f)))(Xs), each)
+    torch.testing.assert_close(
+        torch.func.hessian(cubes(f))(X.detach()), torch.func.jacrev(torch.func.grad(cubes(f)))(X.detach())
+    )
+
+
+@pytest.mark.slow
+@EVERY_MAP
+@EVERY_SHAPE
+def test_compiled(f: Map, shape: tuple[int, ...]) -> None:
+    X = free(shape)
+    compiled: Any = torch.compile(cubes(f), fullgraph=True)
+    value, expected = compiled(X), cubes(f)(X)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, X), torch.autograd.grad(expected, X))
+
+
+class Applied(nn.Module):
+    def __init__(self, f: Map) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.f(X)
+
+
+@EVERY_MAP
+@pytest.mark.parametrize("shape", [(4, 4), (9, 3)], ids=str)
+def test_an_exported_map_has_torchs_operators_alone(f: Map, shape: tuple[int, ...]) -> None:
+    X = free(shape).detach()
+    program = torch.export.export(Applied(f), (X,))
+    assert "torchkiln" not in str(program.graph)
+    torch.testing.assert_close(program.module()(X), f(X))
+
+
+def saved_bytes(impl: Impl, shape: tuple[int, int], orthogonal_map: str) -> int:
+    """What reading the weight keeps for the backward pass, beside the parameters and buffers."""
+    n, k = shape
+    layer = impl.N.orthogonal(nn.Linear(k, n, bias=False), orthogonal_map=orthogonal_map)
+    with torch.no_grad():
+        layer.parametrizations.weight.original.add_(torch.randn(shape).tril(-1) / n**0.5)
+    held = {tensor.untyped_storage().data_ptr() for tensor in layer.state_dict(keep_vars=True).values()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        weight = layer.weight
+    assert weight.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley", "householder"])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 50), (128, 16), (16, 128)], ids=str)
+def test_no_more_is_saved_than_by_torch(shape: tuple[int, int], orthogonal_map: str) -> None:
+    ours, theirs = (saved_bytes(impl, shape, orthogonal_map) for impl in (OURS, TORCH))
+    assert ours <= theirs + 64  # a number or two
