@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     pool = Ranks(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap() -> None:
+    """Take what is there before a module's tests out of the collector's sight.
+
+    Thousands of tests and all of torch make half a million objects. Each collection, and each search for who holds a
+    parameter, would go through them, which is most of the time of some tests.
+    """
+    gc.freeze()
 
 
 def _global_state() -> dict[str, object]:

@@ -15,6 +15,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,8 +90,17 @@ def run_document(document: str, name: str) -> int:
 
 # --- Markdown ----------------------------------------------------------------------------------------
 
+# These start the command a dozen times.
+SLOW = {"docs/checkpoints.md", "docs/files.md"}
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+def _documents() -> Iterator[object]:
+    for path in DOCUMENTS:
+        name = path.relative_to(ROOT).as_posix()
+        yield pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+
+
+@pytest.mark.parametrize("path", list(_documents()))
 def test_markdown(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_document(path.read_text(), str(path))

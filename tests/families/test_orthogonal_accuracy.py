@@ -107,7 +107,9 @@ def test_no_power_overflows(norm: float) -> None:
     assert gram_error(maps.exponential(of_norm((6, 6), norm))) < 1e-6
 
 
-@pytest.mark.parametrize("ours", [maps.exponential, maps.cayley, maps.householder], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "ours", [maps.exponential, maps.cayley, maps.householder], ids=lambda one: one.__name__
+)
 def test_what_is_not_finite_gives_what_is_not_finite(ours: Map) -> None:
     X = torch.randn(5, 5)
     X[3, 1] = torch.nan
