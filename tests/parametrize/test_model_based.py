@@ -222,7 +222,7 @@ class Lockstep(RuleBasedStateMachine):
 
 
 FAST = settings(max_examples=25, stateful_step_count=15, suppress_health_check=list(HealthCheck))
-THOROUGH = settings(FAST, max_examples=400, stateful_step_count=40)
+THOROUGH = settings(FAST, max_examples=150, stateful_step_count=40)
 
 
 def test_random_operations() -> None:
