@@ -391,7 +391,9 @@ def test_an_interruption_inside_a_verb_ends_with_status_130(
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
 def test_control_c_ends_the_process_cleanly() -> None:
-    process = _process("", "demo", "--epochs", 100_000)
+    # What runs the tests may ignore the signal, and then so would the process.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    process = _process(listening, "demo", "--epochs", 100_000)
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
