@@ -19,16 +19,13 @@ def same(a: Tensor, b: Tensor) -> bool:
     return alike and torch.equal(a, b)
 
 
-def check_finite(one: Found, value: Tensor) -> None:
-    """Raise where a computed value is not finite."""
+def check_finite(one: Found, value: Tensor, *, advice: str) -> None:
+    """Raise where a computed value is not finite; ``advice`` ends the message."""
     if is_finite(value):
         return
     bad = value.numel() - int(whole(torch.isfinite(value).sum()))
     raise ParametrizationError(
-        f"{one.path}: {bad} of {value.numel()} values computed by {one.fold.what()} are not finite; "
-        "nothing was changed.\n"
-        "A slice of zeros under weight norm, or a zero weight under spectral norm, is 0 / 0.\n"
-        f"Repair the stored tensors, or leave the tensor out: exclude={one.path!r}."
+        f"{one.path}: {bad} of {value.numel()} values computed by {one.fold.what()} are not finite{advice}"
     )
 
 

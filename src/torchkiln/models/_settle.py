@@ -85,7 +85,13 @@ def checked_values(found: list[Found]) -> list[Tensor]:
     with at_rest(found):
         values = [one.fold.value() for one in found]
     for one, value in zip(found, values, strict=True):
-        check_finite(one, value)
+        check_finite(
+            one,
+            value,
+            advice="; nothing was changed.\n"
+            "A slice of zeros under weight norm, or a zero weight under spectral norm, is 0 / 0.\n"
+            f"Repair the stored tensors, or leave the tensor out: exclude={one.path!r}.",
+        )
     return values
 
 

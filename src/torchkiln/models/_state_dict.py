@@ -8,18 +8,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from torchkiln._core.errors import ParametrizationError, TorchkilnWarning
-from torchkiln._core.remove import is_finite
-from torchkiln._core.sharded import is_sharded, laid_out_as, whole
+from torchkiln._core.sharded import is_sharded, laid_out_as
 from torchkiln._core.spellings.entries import Label
 from torchkiln._core.spellings.options import Options
 from torchkiln._core.spellings.respell import respell
 from torchkiln._core.spellings.spelled import Norm, Style, norm_keys
 from torchkiln._core.spellings.targets import norm_of_chain
 from torchkiln._core.spellings.versions import relabel
+from torchkiln.models._check import check_finite
 from torchkiln.models._find import Found, computed_tensors
 from torchkiln.models._fold import ChainFold, Fold
 from torchkiln.models._hooks import HookFold
@@ -221,7 +220,12 @@ def _folded(found: list[Found]) -> list[_Change]:
     shared: dict[tuple[int, ...], list[Tensor]] = {}
     changes: list[_Change] = []
     for one, value in zip(stored, values, strict=True):
-        _check_finite(one, value)
+        check_finite(
+            one,
+            value,
+            advice=".\n"
+            'model.state_dict(), and spelling="torch" or "legacy", have the stored tensors as they are.',
+        )
         # What is tied in the model is tied in the dict: one tensor for the same originals and the same value.
         known = shared.setdefault(tuple(map(id, one.fold.leaves())), [])
         tied = next((other for other in known if same(other, value)), None)
@@ -243,16 +247,6 @@ def _fold(fold: Fold, prefix: str, value: Tensor) -> _Change:
 def _is_transient(fold: Fold) -> bool:
     """Return whether the tensor is a buffer that no state dict has."""
     return all(name in fold.holder._non_persistent_buffers_set for name in fold.originals)
-
-
-def _check_finite(one: Found, value: Tensor) -> None:
-    if is_finite(value):
-        return
-    bad = value.numel() - int(whole(torch.isfinite(value).sum()))
-    raise ParametrizationError(
-        f"{one.path}: {bad} of {value.numel()} values computed by {one.fold.what()} are not finite.\n"
-        'model.state_dict(), and spelling="torch" or "legacy", have the stored tensors as they are.'
-    )
 
 
 # --- renamed norms ------------------------------------------------------------------------------------------------
