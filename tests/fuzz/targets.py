@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tests.fuzz.distributed import archived, dcp_data, dcp_layout, dcp_metadata, dcp_pickles, dcp_seeds
 from torchkiln import checkpoint
 from torchkiln._core.errors import TorchkilnError
 
@@ -57,32 +56,7 @@ def torch_file(data: bytes, folder: Path) -> Path:
 
 def torch_pickle(data: bytes, folder: Path) -> Path:
     """The pickle in an archive that is right otherwise."""
-    path = folder / "model.pt"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", data)
-        archive.writestr("archive/byteorder", b"little")
-        for index in range(4):
-            archive.writestr(f"archive/data/{index}", bytes(64))
-        archive.writestr("archive/version", b"3\n")
-    return path
-
-
-def dcp_metadata(data: bytes, folder: Path) -> Path:
-    """The metadata of a distributed checkpoint, beside a data file that is right."""
-    path = folder / "dcp"
-    path.mkdir(exist_ok=True)
-    (path / "__0_0.distcp").write_bytes(_dcp()[1])
-    (path / ".metadata").write_bytes(data)
-    return path
-
-
-def dcp_data(data: bytes, folder: Path) -> Path:
-    """The data file of a distributed checkpoint, beside metadata that is right."""
-    path = folder / "dcp"
-    path.mkdir(exist_ok=True)
-    (path / "__0_0.distcp").write_bytes(data)
-    (path / ".metadata").write_bytes(_dcp()[0])
-    return path
+    return torch_file(archived(data), folder)
 
 
 TARGETS: dict[str, Target] = {
@@ -94,6 +68,8 @@ TARGETS: dict[str, Target] = {
         torch_file,
         torch_pickle,
         dcp_metadata,
+        dcp_layout,
+        dcp_pickles,
         dcp_data,
     )
 }
@@ -105,8 +81,9 @@ def read_everything(target: Target, data: bytes, folder: Path) -> bool:
     Args:
         target: One of :data:`TARGETS`.
         data: What the fuzzer has made up.
-        folder: An empty folder; files of an earlier call are overwritten.
+        folder: An empty folder, which is made; files of an earlier call are overwritten.
     """
+    folder.mkdir(exist_ok=True)
     path = target(data, folder)
     try:
         checkpoint.inspect(path, deep=True)
@@ -128,7 +105,7 @@ def seeds(name: str) -> Iterator[bytes]:
     elif name == "index_file":
         yield json.dumps({"metadata": {}, "weight_map": dict.fromkeys(_state(), "one.safetensors")}).encode()
     elif name.startswith("torch_"):
-        for content in (_state(), {"model": {"a": nn.Parameter(torch.ones(3))}, "n": [1, (2.0, None)]}):
+        for content in (_state(), {"model": {"a": nn.Parameter(torch.ones(2))}, "n": [1, (2.0, None)]}):
             buffer = io.BytesIO()
             torch.save(content, buffer)
             with zipfile.ZipFile(buffer) as archive:
@@ -139,18 +116,8 @@ def seeds(name: str) -> Iterator[bytes]:
             torch.save(_state(), buffer, _use_new_zipfile_serialization=False)
             yield buffer.getvalue()
     else:
-        yield _dcp()[name == "dcp_data"]
+        yield from dcp_seeds(name)
 
 
 def _state() -> dict[str, Tensor]:
     return {"w_g": torch.ones(2, 1), "w_v": torch.ones(2, 3), "h": torch.ones(2, dtype=torch.float16)}
-
-
-@cache
-def _dcp() -> tuple[bytes, bytes]:
-    """Return the metadata and the data of a distributed checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save({**_state(), "epoch": 3}, f"{folder}/in.pt")
-        checkpoint.convert(f"{folder}/in.pt", f"{folder}/out", container="dcp")
-        made = Path(folder) / "out"
-        return (made / ".metadata").read_bytes(), (made / "__0_0.distcp").read_bytes()

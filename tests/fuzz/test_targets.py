@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.mutation import PICKLED, mutated
 from tests.fuzz.targets import TARGETS, read_everything, seeds
 
 FOUND = sorted(path for path in (Path(__file__).parent / "found").rglob("*") if path.is_file())
@@ -39,3 +40,25 @@ def test_damaged_seeds_are_read_or_refused(name: str, data: st.DataObject) -> No
         content[start:stop] = piece
     with tempfile.TemporaryDirectory() as folder:
         read_everything(TARGETS[name], bytes(content), Path(folder))
+
+
+@pytest.mark.parametrize("name", sorted(PICKLED))
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(numbers=st.lists(st.integers(0, 1 << 32), min_size=1, max_size=4))
+def test_pickles_of_other_opcodes_are_read_or_refused(name: str, numbers: list[int]) -> None:
+    data = next(seeds(name))
+    for number in numbers:
+        data = mutated(data, 20_000, number, bytewise=lambda content, size: content[:size])
+    with tempfile.TemporaryDirectory() as folder:
+        read_everything(TARGETS[name], data, Path(folder))
+
+
+def test_other_opcodes_are_a_checkpoint_more_often_than_never(tmp_path: Path) -> None:
+    data = next(seeds("dcp_pickles"))
+    others = {mutated(data, 20_000, number, bytewise=lambda content, _: content) for number in range(30)} - {
+        data
+    }
+    read = [
+        read_everything(TARGETS["dcp_pickles"], other, tmp_path / str(i)) for i, other in enumerate(others)
+    ]
+    assert 0 < read.count(True) < len(others)

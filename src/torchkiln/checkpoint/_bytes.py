@@ -161,7 +161,16 @@ class Extent:
         return tensor
 
     def part(self, start: int, length: int) -> Extent:
-        """Return some of the bytes."""
+        """Return some of the bytes.
+
+        Raises:
+            CheckpointError: They are not among these; offsets and strides come from the file.
+        """
+        if not 0 <= start <= start + length <= self.length:
+            raise CheckpointError(
+                f"{self.file.path}: truncated or corrupt file: a tensor has bytes outside of the {self.length:,} "
+                "that are its own."
+            )
         whole = (start, length) == (0, self.length)
         return Extent(self.file, self.offset + start, length, self.checksum if whole else None)
 

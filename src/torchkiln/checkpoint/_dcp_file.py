@@ -162,10 +162,10 @@ class _DcpFile(CheckpointFile):
     def extent(self, group: Group, key: str) -> Extent | None:
         """Return the bytes of a tensor that is one chunk; of several each is somewhere else."""
         name, entry = self._names[group.path, key], group.entries[key]
-        zeros = tuple([0] * len(entry.shape))
-        one = len(self._metadata.state_dict_metadata[name].chunks) == 1
+        first, *others = self._metadata.state_dict_metadata[name].chunks or [None]
         if (group.path, key) not in self._located:
-            found = locate_part(self._where[name, zeros], name, entry) if one else None
+            whole = first is not None and not others
+            found = locate_part(self._where[name, _shape(first.offsets)], name, entry) if whole else None
             self._located[group.path, key] = found
         return self._located[group.path, key]
 
