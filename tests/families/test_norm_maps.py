@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from torchkiln.families._maps import norms, spectral_norm
 from torchkiln.families._maps.spectral_norm import Iterate
@@ -44,6 +49,40 @@ def test_weight_normalize_differentiates_where_a_slice_is_one_number():
     V, g = free((4,)).requires_grad_(), free((4,)).requires_grad_()
     assert gradcheck(lambda V, g: norms.weight_normalize(V, g, 0), (V, g))
     assert gradgradcheck(lambda V, g: norms.weight_normalize(V, g, 0), (V, g))
+
+
+def second_derivatives(V: Tensor, g: Tensor, normalize: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    W = normalize(V, g)
+    first = torch.autograd.grad(W.pow(3).sum(), (V, g), create_graph=True)
+    again = torch.autograd.grad(W.pow(3).sum(), (V, g), create_graph=True)
+    return [*torch.autograd.grad(first[0].pow(2).sum(), (V, g), retain_graph=True), again[0], again[1]]
+
+
+# The kernel's own second derivative is wrong, and mended by a hook.
+@pytest.mark.parametrize("how", ["plain", "not contiguous", "checkpointed", "saved on the CPU"])
+def test_the_second_derivative_of_the_kernel_is_that_of_the_formula(how):
+    V, g = free((4, 3)).requires_grad_(), free((4, 1)).requires_grad_()
+
+    def by_kernel(V: Tensor, g: Tensor) -> Tensor:
+        if how == "checkpointed":
+            W: Tensor = checkpoint(norms.weight_normalize, V, g, 0, use_reentrant=False)
+            return W
+        if how == "not contiguous":
+            V = V.t().contiguous().t()
+        with save_on_cpu() if how == "saved on the CPU" else nullcontext():
+            return norms.weight_normalize(V, g, 0)
+
+    expected = second_derivatives(V, g, lambda V, g: V * (g / V.norm(dim=1, keepdim=True)))
+    torch.testing.assert_close(second_derivatives(V, g, by_kernel), expected)
+
+
+def test_a_graph_that_is_kept_is_mended_once():
+    V, g = free((4, 3)).requires_grad_(), free((4, 1)).requires_grad_()
+    W = norms.weight_normalize(V, g, 0)
+    calls = torch.utils.hooks.RemovableHandle.next_id
+    for _ in range(3):
+        torch.autograd.grad(W.sum(), (V, g), create_graph=True)
+    assert torch.utils.hooks.RemovableHandle.next_id == calls + 1
 
 
 def test_the_kernel_and_the_formula_agree():

@@ -123,11 +123,13 @@ class ParametrizationList(nn.ModuleList):
 
     def originals(self) -> tuple[Any, ...]:
         """Return the originals in the order in which the first step takes them."""
-        names = original_names(self)
+        parameters = self._parameters
         try:  # not getattr() first: nn.Module.__getattr__ would cost as much as all the rest
-            return tuple(map(self._parameters.__getitem__, names))
+            if self.ntensors == 2:  # most often
+                return (parameters["original0"], parameters["original1"])
+            return tuple(map(parameters.__getitem__, original_names(self)))
         except KeyError:
-            return tuple([getattr(self, name) for name in names])
+            return tuple([getattr(self, name) for name in original_names(self)])
 
     def __call__(self) -> Tensor:
         """Compute the tensor; hooks on the chain run as on any module."""

@@ -6,9 +6,11 @@ import torch
 
 __all__ = ["is_recorded"]
 
-_tracing_state = torch._C._get_tracing_state
+# Looked up once: reads ask for them.
+_is_compiling = torch.compiler.is_compiling
+_is_traced = torch._C._is_tracing
 
 
 def is_recorded() -> bool:
     """Return whether what runs now is recorded into a graph: torch.compile, torch.export, torch.jit.trace."""
-    return torch.compiler.is_compiling() or _tracing_state() is not None
+    return _is_compiling() or _is_traced()

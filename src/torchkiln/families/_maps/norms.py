@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,12 @@ from torchkiln._core.tracing import is_recorded
 from torchkiln.families._maps.precision import widen
 
 __all__ = ["directed", "has_kernel", "norm_except", "weight_normalize"]
+
+# Looked up once: each read of a weight calls them.
+_kernel = torch._weight_norm_interface
+_in_transform = torch._C._are_functorch_transforms_active
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def norm_except(V: Tensor, dim: int) -> Tensor:
@@ -70,20 +78,24 @@ def weight_normalize(V: Tensor, g: Tensor, dim: int) -> Tensor:
         return _weight_formula(V, g, dim)
     if not (V.is_contiguous() and g.is_contiguous()):  # the kernel does not look at strides
         V, g = V.contiguous(), g.contiguous()
-    W, norm = torch._weight_norm_interface(V, g, dim)
-    if V.is_cpu and norm.min().item() == 0:
+    W, norm = _kernel(V, g, dim)
+    on_host = V.is_cpu
+    if on_host and norm.min().item() == 0:
         return _weight_formula(V, g, dim)
-    if W.grad_fn is not None:
-        W.grad_fn.register_hook(partial(_weight_gradients, V, g, norm, dim))
+    if (node := W.grad_fn) is not None:
+        if on_host and _saved_tensors_hooks(True) is None:
+            node._register_hook_dict(_carrier)
+        else:
+            node.register_hook(partial(_weight_gradients, V, g, norm, dim))
     # On a device the host does not know whether a norm is zero, and does not wait for it.
-    return W if V.is_cpu else torch.where(norm == 0, 0, W)
+    return W if on_host else torch.where(norm == 0, 0, W)
 
 
 def has_kernel(V: Tensor) -> bool:
     """Say whether fused kernels serve; compilers and transforms want the formula in plain operations."""
-    if is_recorded() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if type(V) not in _PLAIN or is_recorded() or _in_transform() or forward_ad._current_level >= 0:
         return False
-    return type(V) in (torch.nn.Parameter, Tensor) and (V.is_cpu or V.is_cuda) and V.numel() > 0
+    return (V.is_cpu or V.is_cuda) and V.numel() > 0
 
 
 def _weight_formula(V: Tensor, g: Tensor, dim: int) -> Tensor:
@@ -99,6 +111,22 @@ def _norm_or_infinity(V: Tensor, dim: int) -> Tensor:
         return squares.masked_fill(squares == 0, torch.inf).sqrt()  # no root of 0 to differentiate
     norm = norm_except(V, dim)
     return norm.masked_fill(norm == 0, torch.inf)
+
+
+def _before_backward(_gradient: Tensor | None) -> None:
+    """Have the gradients corrected, as the kernel's backward pass begins, where they are to be differentiated again."""
+    if torch.is_grad_enabled():
+        node: Any = torch._C._current_autograd_node()
+        if "torchkiln" not in node.metadata:  # it goes through a kept graph again
+            node.metadata["torchkiln"] = True
+            saved = (node._saved_v, node._saved_g, node._saved_result1, node._saved_dim)
+            node.register_hook(partial(_weight_gradients, *saved))
+
+
+# What a node takes hooks from is a tensor. To hang the hook of this one on it costs a fifth of a hook with the tensors
+# in it; that one is for tensors that are saved in another form (checkpoints), which may be asked for only once.
+_carrier = torch.empty(0)
+_carrier._backward_hooks = OrderedDict({0: _before_backward})
 
 
 def _weight_gradients(
