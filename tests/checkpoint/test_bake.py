@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import torchkiln
 from tests.checkpoint.cases import CASES, CONTAINERS, Case, Put, ids, read_file, same_bits, save, sn, wn
 from torchkiln import checkpoint
 from torchkiln._core.errors import CheckpointError, NothingToFoldError
@@ -147,13 +149,48 @@ def test_vectors_without_unit_length_are_renormalized_with_a_warning(tmp_path: P
     assert note.text.startswith("weight_u: length 0.87 instead of 1")
 
 
-def test_zero_rows_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dim", "where"),
+    [(0, "is zero at 2 of dim 0"), (1, "is zero at 2 of dim 1"), (2, "is zero at 2 of dim 2")],
+)
+@pytest.mark.parametrize("suffix", CONTAINERS)
+def test_zero_slices_are_zeros_as_in_a_model_with_a_warning(
+    dim: int, where: str, suffix: str, tmp_path: Path
+) -> None:
+    layer = torchkiln.parametrizations.weight_norm(nn.Conv1d(5, 6, 3), dim=dim)
+    with torch.no_grad():
+        layer.parametrizations.weight.original1.select(dim, 2).zero_()
+    report = checkpoint.bake(save(layer.state_dict(), tmp_path / f"in{suffix}"), tmp_path / "out.pt")
+    (note,) = (note for note in report.notes if note.level == "warning")
+    key = "parametrizations.weight.original1"
+    assert note.text == f"{key}: {where}, and so is the weight; torch computes NaN there"
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt")["weight"], layer.weight.detach())
+
+
+@pytest.mark.parametrize("norm", ["weight", "spectral"])
+def test_a_tensor_of_zeros_is_zeros_with_a_warning(norm: str, tmp_path: Path) -> None:
+    W = torch.zeros(3, 4)
+    states = {
+        "weight": {"weight_g": torch.tensor(2.0), "weight_v": W},
+        "spectral": {"weight_orig": W, "weight_u": torch.eye(3)[0], "weight_v": torch.eye(4)[0]},
+    }
+    (note,) = checkpoint.bake(save(states[norm], tmp_path / "in.pt"), tmp_path / "out.pt").notes
+    assert re.fullmatch(r"weight_\w+: is all zero, and so is the weight; torch computes NaN there", note.text)
+    assert torch.equal(torch.load(tmp_path / "out.pt")["weight"], W)
+
+
+def test_values_that_are_not_finite_stay_so_beside_zeros(tmp_path: Path) -> None:
     v = torch.randn(4, 6)
-    v[2] = 0
-    source = save({"a.weight_g": torch.ones(4, 1), "a.weight_v": v}, tmp_path / "in.pt")
-    (note,) = checkpoint.bake(source, tmp_path / "out.pt").notes
-    assert note.text == "a.weight_v: zero at 2 of dim 0, where weight norm gives NaN"
-    assert torch.load(tmp_path / "out.pt")["a.weight"][2].isnan().all()
+    v[1, 3], v[2] = torch.nan, 0
+    report = checkpoint.bake(
+        save({"w_g": torch.ones(4, 1), "w_v": v}, tmp_path / "in.pt"), tmp_path / "out.pt"
+    )
+    assert [note.level for note in report.notes].count("warning") >= 1
+    written = torch.load(tmp_path / "out.pt")["w"]
+    assert (written.isnan().all(1).tolist(), written.eq(0).all(1).tolist()) == (
+        [False, True, False, False],
+        [False, False, True, False],
+    )
 
 
 def test_square_spectral_norm_without_evidence_takes_dim_0_and_says_so(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def short_vector() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("state", "text"),
     [
-        (zero_row(), "weight_v: zero at 1 of dim 0"),
+        (zero_row(), "weight_v: is zero at 1 of dim 0"),
         (short_vector(), "weight_v: length 1.01 instead of 1"),
         (
             {"weight_g": torch.full((3, 1), torch.inf), "weight_v": torch.ones(3, 4)},

@@ -94,10 +94,12 @@ class Folding:
         dtype, finite, fits = self._dtype(found), True, True
         result = Evaluation(dim=by_rows.dim, assumptions=list(found.item.assumptions))
         for computed, inputs in by_rows.blocks():
+            if not math.isfinite(float(computed.sum())):
+                finite = False
+                computed = computed if by_rows.fill is None else by_rows.fill(computed, *inputs)
             value = computed.to(dtype)
             if self.verify:
                 check_block(found, value, by_rows.expected(*inputs))
-            finite = finite and math.isfinite(float(computed.sum()))
             fits = fits and not overflows(value, computed)
             result.tensor = computed
             yield value

@@ -36,12 +36,15 @@ class Rowwise:
         inputs: Where those are, and what.
         compute: Returns rows from theirs, in the dtype they are computed in.
         expected: Returns the same by another formula.
+        fill: Returns rows that are not finite, given them and their inputs, with zeros where nothing but a division
+            by zero is the reason.
         dim: The normalized dim, None where there is none.
     """
 
     inputs: Sequence[tuple[Extent, Entry]]
     compute: Rule
     expected: Rule
+    fill: Rule | None = None
     dim: int | None = None
 
     def blocks(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
@@ -98,7 +101,7 @@ def folding(found: Found) -> Rowwise | None:
     if step.kind == "weight_norm" and (found.evaluate.choice(step, item) == (True, 0) or step.dims == (0,)):
         (extent, g), v = located
         gains = (extent, Entry((item.entry.shape[0], *[1] * (len(item.entry.shape) - 1)), g.dtype))
-        return Rowwise([gains, v], _normed, _otherwise_normed, dim=0)
+        return Rowwise([gains, v], _normed, _otherwise_normed, fill=_filled, dim=0)
     return None
 
 
@@ -119,6 +122,10 @@ def _normed(g: Tensor, v: Tensor) -> Tensor:
     return fold.weight_norm(g.to(dtype), v.to(dtype), 0)
 
 
+def _filled(W: Tensor, _: Tensor, v: Tensor) -> Tensor:
+    return W.masked_fill(fold.directionless(v.to(W.dtype), 0), 0)
+
+
 def _otherwise_normed(g: Tensor, v: Tensor) -> Tensor:
     dtype = torch.promote_types(fold.compute_dtype(g.dtype), fold.compute_dtype(v.dtype))
     g, v = g.to(dtype), v.to(dtype)
@@ -126,4 +133,4 @@ def _otherwise_normed(g: Tensor, v: Tensor) -> Tensor:
     # A long sum in float32 loses digits; the accumulator of the kernel above is its own.
     wide = torch.float64 if v[:1].numel() > _LONG_SUM else None
     norm = torch.linalg.vector_norm(v, dim=over, keepdim=True, dtype=wide).to(dtype) if over else v.abs()
-    return v * (g / norm)
+    return v * (g / norm.masked_fill(norm == 0, torch.inf))

@@ -179,16 +179,17 @@ class Evaluator:
         dtype = torch.promote_types(g.dtype, v.dtype)
         rule = fold.exact_weight_norm if self._exact else fold.weight_norm
         result.tensor = rule(g.to(dtype), v.to(dtype), result.dim)
-        if not _finite(result.tensor):  # as it would be after a division by the norm of such a row
-            self._check_rows(item.originals[1], v, result)
+        if not _finite(result.tensor):  # as it is after a division by the norm of such a slice
+            self._fill(item.originals[1], v, result)
 
-    def _check_rows(self, key: str, v: Tensor, result: Evaluation) -> None:
-        over = [d for d in range(v.ndim) if d != result.dim]
-        largest = v.abs().amax(dim=over) if over else v.abs()
-        rows = (largest == 0).flatten().nonzero().flatten().tolist()
-        if rows:
-            which = "it is all zero" if result.dim is None else f"zero at {_some(rows)} of dim {result.dim}"
-            result.warnings.append(f"{key}: {which}, where weight norm gives NaN")
+    def _fill(self, key: str, v: Tensor, result: Evaluation) -> None:
+        """Put zeros, as the weight norm of torchkiln does, where that of torch divides by zero."""
+        none = fold.directionless(v, result.dim)
+        slices = none.flatten().nonzero().flatten().tolist()
+        if slices:
+            result.tensor = result.tensor.masked_fill(none, 0)
+            which = "is all zero" if result.dim is None else f"is zero at {_some(slices)} of dim {result.dim}"
+            result.warnings.append(f"{key}: {which}, and so is the weight; torch computes NaN there")
 
     def _spectral_norm(self, step: Step, item: Spelled, result: Evaluation) -> None:
         if not step.state:
@@ -199,7 +200,13 @@ class Evaluator:
         assert result.dim is not None
         self._check_skipped(item, u=u, v=v, result=result)
         rule = fold.exact_spectral_norm if self._exact else fold.spectral_norm
-        result.tensor = rule(result.tensor, u.to(result.tensor.dtype), v.to(result.tensor.dtype), result.dim)
+        W = result.tensor
+        result.tensor = rule(W, u.to(W.dtype), v.to(W.dtype), result.dim)
+        if not _finite(result.tensor) and not W.any():
+            result.tensor = W
+            result.warnings.append(
+                f"{item.originals[0]}: is all zero, and so is the weight; torch computes NaN there"
+            )
 
     def _unit(self, key: str, result: Evaluation) -> Tensor:
         vector = self._read(key, result)

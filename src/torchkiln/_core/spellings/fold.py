@@ -1,6 +1,7 @@
 """The maps that checkpoints spell, as pure functions of tensors.
 
-The first four round as torch's modules do in eval mode, so that a folded tensor has the bits its model computes with.
+They round as torch's modules do in eval mode, so that a folded tensor has the bits its model computes with; where there
+is nothing to divide by torch computes NaN, and :func:`directionless` tells where.
 Those under "Exact" are written from the definitions instead, in float64, to check the others by.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "apply_mask",
     "compute_dtype",
+    "directionless",
     "exact_spectral_norm",
     "exact_weight_norm",
     "matrix",
@@ -43,6 +45,12 @@ def weight_norm(g: Tensor, v: Tensor, dim: int | None) -> Tensor:
     Uses the operation that torch's weight norm uses: its fused kernel rounds unlike the formula spelled out.
     """
     return torch._weight_norm(v, g, -1 if dim is None else dim)
+
+
+def directionless(v: Tensor, dim: int | None) -> Tensor:
+    """Return where weight norm has nothing to divide by: True for slices of norm 0, in the shape of their gains."""
+    over = [d for d in range(v.ndim) if d != dim]
+    return (torch.linalg.vector_norm(v, dim=over, keepdim=True) if over else v.abs()) == 0
 
 
 def spectral_norm(W: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
@@ -99,16 +107,16 @@ def _reflections(Y: Tensor) -> Tensor:
 
 
 def exact_weight_norm(g: Tensor, v: Tensor, dim: int | None) -> Tensor:
-    """Return weight norm by its definition."""
+    """Return weight norm by its definition, and zeros for slices of zeros."""
     over = [d for d in range(v.ndim) if d != dim]
     norm = torch.linalg.vector_norm(v, dim=over, keepdim=True) if over else v.abs()
-    return g * v / norm
+    return g * v / norm.masked_fill(norm == 0, torch.inf)
 
 
 def exact_spectral_norm(W: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
-    """Return spectral norm by its definition."""
+    """Return spectral norm by its definition, and zeros for zeros."""
     sigma = (u.conj().unsqueeze(1) * matrix(W, dim) * v.unsqueeze(0)).sum()
-    return W / sigma
+    return W / sigma if W.any() else W
 
 
 # Inverses -------------------------------------------------------------------------------------------------------------
