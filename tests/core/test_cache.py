@@ -1,4 +1,4 @@
-"""The scopes of ``cached()``: for one model, nested, switched by outside code; and their reads against plain ones."""
+"""The scopes of ``cached()``: for one model, nested; and their reads against plain ones."""
 
 from __future__ import annotations
 
@@ -24,31 +24,7 @@ import torchkiln
 from torchkiln import parametrizations, parametrize
 from torchkiln.parametrize import cached
 
-
-class Counted(nn.Module):
-    """Multiplication by an attribute; counts in a list, since a counter that changes would make the value void."""
-
-    def __init__(self, factor: float = 2.0) -> None:
-        super().__init__()
-        self.factor = factor
-        self.calls: list[None] = []
-
-    def forward(self, X: Tensor) -> Tensor:
-        self.calls.append(None)
-        return X * self.factor
-
-
-def counted(layer: nn.Module | None = None, name: str = "weight") -> tuple[Any, list[None]]:
-    """A layer and the list that grows with each evaluation."""
-    layer, step = layer or nn.Linear(3, 3), Counted()
-    parametrize.register_parametrization(layer, name, step)
-    step.calls.clear()
-    return layer, step.calls
-
-
-def is_kept(layer: Any) -> bool:
-    return layer.weight is layer.weight
-
+from .counting import Counted, counted, is_kept
 
 # --- one model ----------------------------------------------------------------------------------------------------
 
@@ -146,6 +122,46 @@ def test_a_scope_is_freed_when_it_closes() -> None:
             assert scope() is None
     finally:
         gc.enable()
+
+
+def test_a_value_that_is_computed_again_frees_the_one_before() -> None:
+    gc.disable()
+    try:
+        layer = counted()[0]
+        with cached():
+            before = weakref.ref(layer.weight)
+            nn.init.ones_(layer.parametrizations.weight.original)
+            assert before() is not None
+            assert is_kept(layer)
+            assert before() is None
+    finally:
+        gc.enable()
+
+
+def test_a_chain_that_another_took_the_place_of_leaves_no_value() -> None:
+    gc.disable()
+    try:
+        layer = counted()[0]
+        with cached():
+            before = weakref.ref(layer.weight)
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            counted(layer)
+            assert is_kept(layer)
+            assert before() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copied_context_takes_no_scope_into_another_thread() -> None:
+    layer = counted()[0]
+    with cached():
+        value, seen = layer.weight, []
+        run = contextvars.copy_context().run
+        thread = threading.Thread(target=run, args=(lambda: seen.append(layer.weight),))
+        thread.start()
+        thread.join()
+        assert seen[0] is not value
+        assert layer.weight is value
 
 
 def test_a_decorator() -> None:
@@ -306,79 +322,6 @@ def test_a_step_that_reads_another_tensor_shares_no_graph_with_it() -> None:
         layer.weight.sum().backward()
 
 
-# --- outside code -------------------------------------------------------------------------------------------------
-
-
-def in_a_thread(layer: Any) -> bool:
-    seen: list[bool] = []
-    thread = threading.Thread(target=lambda: seen.append(is_kept(layer)))
-    thread.start()
-    thread.join()
-    return seen[0]
-
-
-def count() -> int:
-    value: int = parametrize._cache_enabled
-    return value
-
-
-def change_count(change: int) -> None:
-    parametrize._cache_enabled += change
-
-
-def test_a_count_raised_inside_and_lowered_after_the_scope() -> None:
-    layer = counted()[0]
-    with cached():
-        change_count(+1)
-        assert count() == 2
-    assert count() == 1
-    assert is_kept(layer)
-    change_count(-1)
-    assert count() == 0
-    assert not is_kept(layer)
-    assert not in_a_thread(layer)
-
-
-def test_a_count_set_to_zero_inside_leaves_the_next_scope_working() -> None:
-    layer = counted()[0]
-    with cached():
-        parametrize._cache_enabled = 0
-    assert count() == 0
-    assert not is_kept(layer)
-    with cached():
-        assert is_kept(layer)
-
-
-def test_the_count_reaches_every_thread() -> None:
-    layer = counted()[0]
-    change_count(+1)
-    try:
-        assert in_a_thread(layer)
-    finally:
-        change_count(-1)
-    assert not in_a_thread(layer)
-
-
-def test_a_scope_within_the_count_leaves_its_values() -> None:
-    layer = counted()[0]
-    change_count(+1)
-    try:
-        value = layer.weight
-        with cached():
-            pass
-        assert layer.weight is value
-    finally:
-        change_count(-1)
-
-
-def test_the_count_is_of_scopes_for_every_module() -> None:
-    layer = counted()[0]
-    with cached(layer):
-        assert count() == 0
-        with cached():
-            assert count() == 1
-
-
 # --- against reads outside of any scope ---------------------------------------------------------------------------
 
 
@@ -410,7 +353,7 @@ class Interleaved(RuleBasedStateMachine):
     def teardown(self) -> None:
         for scope in self.scopes:
             scope.close()
-        assert count() == 0
+        assert parametrize._cache_enabled == 0
 
     def originals(self, index: int) -> list[Tensor]:
         return [each for each in self.model[index].parameters() if each.requires_grad]

@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 # Looked up once: each read in a scope calls them.
-_in_dynamo = torch.compiler.is_dynamo_compiling
-_tracing_state = torch._C._get_tracing_state
+_thread = get_ident
+_is_traced = torch._C._is_tracing
 _transform_level = torch._C._functorch.maybe_current_level
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -81,11 +81,15 @@ class Scope(dict[Key, Tensor]):
         self.members = members
         self.is_forward = is_forward
         self.proofs: dict[Key, Proof] = {}
+        # The proofs of values that were used, by the id of the chain; emptied when outside code writes to the dict.
+        self.at_hand: dict[int, Proof] = {}
         self.is_open = False
         self.outer: Scope | None = None
         # Where it may be used; None while it is closed, and during an evaluation: what a step reads then would share
         # its graph with the value.
         self.frame: Frame | None = None
+        # The thread in which it may be used where nothing else is going on; None where there is more to ask.
+        self.thread: int | None = None
 
     def holds(self, key: Key, chain: nn.Module) -> bool:
         """Return whether the entry of ``key`` may be used."""
@@ -98,11 +102,12 @@ class Scope(dict[Key, Tensor]):
 
     def evaluated(self, key: Key, chain: nn.Module) -> Tensor:
         """Return the value of ``chain``, computed now and kept as that of ``key``."""
-        frame, self.frame = self.frame, None
+        frame, thread = self.frame, self.thread
+        self.frame = self.thread = None
         try:
             found = self.evaluate(key, chain)
         finally:
-            self.frame = frame
+            self.frame, self.thread = frame, thread
         # In an export the modes of tracing are part of the frame, so that no entry from outside is used there.
         for other, (owner, value) in () if torch.compiler.is_compiling() else found.items():
             # Taken after the evaluation, which may have advanced the state of a step.
@@ -111,13 +116,43 @@ class Scope(dict[Key, Tensor]):
             # No version counter (inference), or no memory of its own (meta, subclasses).
             except (RuntimeError, TypeError):
                 continue
-            self[other] = value
+            dict.__setitem__(self, other, value)
             self.proofs[other] = proof
+            self.at_hand.pop(id(owner), None)
         return found[key][1]
+
+    def used(self, key: Key, chain: nn.Module) -> Tensor:
+        """Return the value of ``chain``, kept as that of ``key`` or computed now."""
+        known, proof = self.get(key), self.proofs.get(key)
+        # A value without a proof of its own was put in by outside code, and is used as it is.
+        if known is not None and (proof is None or proof.value is not known):
+            return known
+        if known is None or proof is None or not proof.holds(chain):
+            known, proof = self.evaluated(key, chain), self.proofs.get(key)
+        if proof is not None and proof.value is known:
+            self.at_hand[id(chain)] = proof
+        return known
 
     def clear(self) -> None:
         super().clear()
         self.proofs.clear()
+        self.at_hand.clear()
+
+
+def _unsettling(name: str) -> Callable[..., Any]:
+    """Return the method ``name`` of a dict, by which outside code writes to a scope."""
+    method = getattr(dict, name)
+
+    @functools.wraps(method)
+    def write(self: Scope, *arguments: Any, **keywords: Any) -> Any:
+        self.at_hand.clear()
+        return method(self, *arguments, **keywords)
+
+    return write
+
+
+for _name in ("__delitem__", "__ior__", "__setitem__", "pop", "popitem", "setdefault", "update"):
+    setattr(Scope, _name, _unsettling(_name))
 
 
 def _evaluate(chain: nn.Module) -> Tensor:
@@ -138,6 +173,7 @@ class _Forget:
         self.key = key
 
     def __call__(self, chain: weakref.ref[nn.Module]) -> None:
+        self.scope.at_hand.clear()
         proof = self.scope.proofs.get(self.key)
         if proof is not None and proof.chain is chain:
             del self.scope.proofs[self.key]
@@ -259,6 +295,7 @@ def entered(scope: Scope) -> Iterator[None]:
     scope.outer = _innermost_open()
     scope.is_open = True
     scope.frame = _frame()
+    scope.thread = scope.frame[0] if scope.outer is None and scope.frame[1:] == _PLAIN else None
     _scope.set(scope)
     any_scope_open.add(+1)
     try:
@@ -266,7 +303,7 @@ def entered(scope: Scope) -> Iterator[None]:
     finally:
         any_scope_open.add(-1)
         scope.is_open = False
-        scope.frame = None
+        scope.frame = scope.thread = None
         scope.clear()  # its proofs refer to it: without a cycle it is freed at once
         # Not to what was there on entry: generators close in any order, and in other contexts.
         _scope.set(_innermost_open())
@@ -346,15 +383,26 @@ def set_count(count: int) -> None:
 
 def cached_value(module: nn.Module, name: str, chain: nn.Module) -> Tensor | None:
     """Return the value of ``module``'s tensor ``name`` from the scope that keeps it; None where none does."""
-    # One graph evaluates once anyway.
-    scope = None if _in_dynamo() else _scope_for(module)
+    scope = _scope.get()
+    if (
+        # Nearly always there is one scope, in the thread and with nothing of all that a frame tells apart: asked for
+        # here one by one, that costs a third of finding the scope.
+        scope is not None
+        and scope.thread == _thread()
+        and (proof := scope.at_hand.get(id(chain))) is not None
+        and _transform_level() is None
+        and not _dispatch_modes()
+        and not _function_modes()
+        and _saved_tensors_hooks(True) is None
+        and _backward_pass() == -1
+        and not _is_traced()
+        and not _process_scope.is_open
+        and proof.holds(chain)
+    ):
+        return proof.value
+    scope = _scope_for(module)
     if scope is None:
         return None
-    if _tracing_state() is not None:
+    if _is_traced():
         raise RuntimeError("Cannot trace a model while caching parametrizations.")
-    key = (id(module), name)
-    known, proof = scope.get(key), scope.proofs.get(key)
-    # A value without a proof of its own was put in by outside code, and is used as it is.
-    if known is not None and (proof is None or proof.value is not known or proof.holds(chain)):
-        return known
-    return scope.evaluated(key, chain)
+    return scope.used((id(module), name), chain)

@@ -146,14 +146,17 @@ def _tensor_property(cls: type, name: str) -> _TensorProperty:
         except KeyError:
             return _plain_attribute(cls, self, name)
         # The flag is a thread's or another's; most reads find it down.
-        kept = cached_value(self, name, chain) if any_scope_open.flag else None
-        value = chain() if kept is None else kept
+        if any_scope_open.flag and not _in_dynamo():  # one graph evaluates once anyway
+            kept = cached_value(self, name, chain)
+            if kept is not None:
+                return kept if sys._getframe(1).f_code is not SWAP else swapped_out(chain, kept)
+        value = chain()
         # A forward does not write into its weights; anyone else may want to (nn.init, reset_parameters).
         if _in_dynamo() or (caller := sys._getframe(1).f_code).co_name == "forward":
             return value
         if caller is SWAP:
             return swapped_out(chain, value)
-        return watched(value, chain, name) if kept is None else value
+        return watched(value, chain, name)
 
     def write(self: nn.Module, value: Tensor) -> None:
         chain = chain_of(self, name)
