@@ -190,8 +190,9 @@ class ParametrizationList(nn.ModuleList):
                 step.__dict__["_change"] = versions(self) or self._versions()
 
     def _versions(self) -> tuple[Any, ...]:
-        tensors = (*self.parameters(), *self._buffers.values())
-        return tuple((id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference())  # type: ignore[union-attr]  # no original is None
+        parameters = [one for module in within(self) for one in module._parameters.values()]
+        held = (*parameters, *self._buffers.values())
+        return tuple([(id(one), one._version) for one in held if one is not None and not one.is_inference()])
 
     def right_inverse(self, value: Tensor) -> None:
         """Set the originals so that the chain computes ``value``, or its projection on what it can compute.

@@ -139,9 +139,8 @@ class AdvancingStep(nn.Module):
 
     def _write(self, state: State) -> None:
         # In place: DistributedDataParallel and DataParallel hold on to the buffers themselves.
-        with torch.no_grad():
-            for buffer, tensor in zip(self._state_buffers(), state, strict=True):
-                buffer.copy_(beside(tensor, buffer))
+        for buffer, tensor in zip(self._state_buffers(), state, strict=True):
+            buffer.copy_(beside(tensor, buffer))
 
     def _advanced_in_place(self, x: Tensor, buffers: State) -> State:
         with torch.no_grad():

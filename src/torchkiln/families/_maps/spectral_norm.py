@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchkiln._core.sharded import beside, is_sharded, whole
+from torchkiln._core.tracing import is_recorded
 from torchkiln.families._maps.norms import has_kernel
 from torchkiln.families._maps.precision import full_precision, widen
 
@@ -23,10 +24,11 @@ __all__ = [
     "unit",
 ]
 
+# Looked up once: each read of a weight calls it.
+_autocasts = torch._C._is_any_autocast_enabled
 _NARROW = (torch.float16, torch.bfloat16)
 # From this many numbers on, reading them less often pays for a call of Python in the backward pass.
-LARGE = 2**15
-_MOST_STEPS = 1000
+LARGE = 2**13
 
 
 def as_matrix(W: Tensor, dim: int) -> Tensor:
@@ -58,9 +60,7 @@ class Iterate(NamedTuple):
     image: Tensor | None = None
 
 
-def power_iteration(
-    M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float, tolerance: float | None = None
-) -> Iterate:
+def power_iteration(M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float) -> Iterate:
     r"""Return better singular vectors than ``u`` and ``v`` of the largest singular value of ``M``.
 
     Each step is :math:`u \leftarrow M v / \|M v\|`, then :math:`v \leftarrow M^H u / \|M^H u\|`. A vector whose image
@@ -72,29 +72,22 @@ def power_iteration(
         v: unit vector of length w.
         steps: number of iterations.
         eps: norms below it count as ``eps``.
-        tolerance: iterate until :math:`\|M v - \sigma u\| \le` ``tolerance`` :math:`\sigma`, at most 1000 times.
-            The host then waits for the device at each step.
     """
-    if M.dtype in _NARROW or torch._C._is_any_autocast_enabled():
+    if M.dtype in _NARROW or _autocasts():
         with full_precision(M):
             M = widen(M)
-            found = _iterate(
-                M, whole(u).to(M.dtype), whole(v).to(M.dtype), steps=steps, eps=eps, tolerance=tolerance
-            )
+            found = _iterate(M, whole(u).to(M.dtype), whole(v).to(M.dtype), steps=steps, eps=eps)
         return Iterate(found.u.to(u.dtype), found.v.to(v.dtype))
-    return _iterate(M, whole(u), whole(v), steps=steps, eps=eps, tolerance=tolerance)
+    return _iterate(M, whole(u), whole(v), steps=steps, eps=eps)
 
 
-def _iterate(M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float, tolerance: float | None) -> Iterate:
+def _iterate(M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float) -> Iterate:
     adjoint = M.mH if M.is_complex() else M.t()
     product = _product if is_sharded(M) else torch.mv
     normalize = _unit_at_hand if can_look(M) else unit
     image = None
-    for _ in range(steps if tolerance is None else _MOST_STEPS):
-        forth = product(M, v)
-        if tolerance is not None and _is_aligned(forth, u, tolerance):
-            break
-        u = normalize(forth, eps, u)
+    for _ in range(steps):
+        u = normalize(product(M, v), eps, u)
         image = product(adjoint, u)
         v = normalize(image, eps, v)
     return Iterate(u, v, image)
@@ -103,11 +96,6 @@ def _iterate(M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float, toleran
 def _product(M: Tensor, x: Tensor) -> Tensor:
     """Return the product with a sharded matrix, as a plain vector."""
     return whole(torch.mv(M, beside(x, M)))
-
-
-def _is_aligned(image: Tensor, u: Tensor, tolerance: float) -> bool:
-    sigma = torch.linalg.vecdot(u, image)
-    return bool(torch.linalg.vector_norm(image - sigma * u) <= tolerance * sigma.abs())
 
 
 def unit(x: Tensor, eps: float, fallback: Tensor) -> Tensor:
@@ -145,15 +133,8 @@ def can_look(x: Tensor) -> bool:
 # --- division -----------------------------------------------------------------------------------------------------
 
 
-def spectral_normalize(
-    W: Tensor,
-    at: Iterate,
-    dim: int,
-    *,
-    coefficient: float = 1.0,
-    cap: bool = False,
-) -> Tensor:
-    r"""Return :math:`c\, W / \sigma` with :math:`\sigma = u^H M v`, ``M`` the matrix of ``W`` (:func:`as_matrix`).
+def spectral_normalize(W: Tensor, at: Iterate, dim: int) -> Tensor:
+    r"""Return :math:`W / \sigma` with :math:`\sigma = u^H M v`, ``M`` the matrix of ``W`` (:func:`as_matrix`).
 
     :math:`\sigma` is the spectral norm where ``u`` and ``v`` are the leading singular vectors; they are constants of
     the derivative (Miyato et al., arXiv:1802.05957). Zeros stay zeros.
@@ -162,25 +143,49 @@ def spectral_normalize(
         W: the tensor.
         at: the singular vectors.
         dim: the dimension of the rows.
-        coefficient: the norm :math:`c` of the result.
-        cap: divide only where the norm is above ``coefficient``.
     """
-    u, v, image = at
-    if W.dtype in _NARROW or torch._C._is_any_autocast_enabled():
+    if W.dtype in _NARROW or _autocasts():
         with full_precision(W):
             wide = widen(W)
-            at = Iterate(u.to(wide.dtype), v.to(wide.dtype))
-            return spectral_normalize(wide, at, dim, coefficient=coefficient, cap=cap).to(W.dtype)
-    if not has_kernel(W) or W.is_complex():
-        return W / beside(divisor(_sigma(W, u, v, dim=dim), coefficient, cap=cap), W)
+            at = Iterate(at.u.to(wide.dtype), at.v.to(wide.dtype))
+            return _divide(wide, at, dim).to(W.dtype)
+    return _divide(W, at, dim)
+
+
+def _divide(W: Tensor, at: Iterate, dim: int) -> Tensor:
+    if W.is_complex() or not has_kernel(W):
+        return W / beside(_nonzero(_sigma(W, at, dim)), W)
     if W.numel() >= LARGE:
-        return _divide_large(
-            _Division(W, u, v, dim, coefficient, cap, W._version if W.requires_grad else 0), image
-        )
-    sigma = torch.dot(u, torch.mv(as_matrix(W, dim), v))
-    if coefficient == 1 and not cap and W.is_cpu and sigma.item():
-        return W / sigma  # nearly every read
-    return W / divisor(sigma, coefficient, cap=cap)
+        return _divide_large(W, at, dim)
+    sigma = torch.dot(at.u, torch.mv(as_matrix(W, dim), at.v))
+    return W / (sigma if sigma.is_cpu and sigma.item() else _nonzero(sigma))
+
+
+def _divide_large(W: Tensor, at: Iterate, dim: int) -> Tensor:
+    """Divide, with a gradient that reads W once: autograd's own makes five tensors of its size."""
+    u, v, image = at
+    if image is None:
+        image = _image(W.detach(), u, dim)
+    sigma = torch.dot(image, v)
+    D = sigma if sigma.is_cpu and sigma.item() else _nonzero(sigma)
+    result = W / D
+    if (node := result.grad_fn) is not None:
+        # As register_hook() of the result does, at a third of its cost, and leaving no trace on the result.
+        carrier: Any = torch.Tensor()
+        carrier._backward_hooks = {0: partial(_before_division, W, W._version, u, v, D, dim)}
+        node._register_hook_dict(carrier)
+    return result
+
+
+def _image(W: Tensor, u: Tensor, dim: int) -> Tensor:
+    # The product that power iteration ends with: a value is the same, to the bit, when it is read again.
+    return torch.mv(as_matrix(W, dim).t(), u)
+
+
+def _sigma(W: Tensor, at: Iterate, dim: int) -> Tensor:
+    # The ONNX exporter by TorchScript knows dot, but not vdot.
+    dot = torch.vdot if W.is_complex() else torch.dot
+    return dot(whole(at.u), _product(as_matrix(W, dim), whole(at.v)))
 
 
 def divisor(norm: Tensor, coefficient: float, *, cap: bool) -> Tensor:
@@ -193,66 +198,28 @@ def divisor(norm: Tensor, coefficient: float, *, cap: bool) -> Tensor:
     D = norm if coefficient == 1 else norm / coefficient
     if cap:
         return (D.abs() if D.is_complex() else D).clamp(min=1)
-    if can_look(D) and D.item() != 0:
-        return D
-    return torch.where(D == 0, 1, D)
+    return _nonzero(D)
 
 
-def _sigma(W: Tensor, u: Tensor, v: Tensor, *, dim: int) -> Tensor:
-    # The ONNX exporter by TorchScript knows dot, but not vdot.
-    dot = torch.vdot if W.is_complex() else torch.dot
-    return dot(whole(u), _product(as_matrix(W, dim), v))
+def _nonzero(norm: Tensor) -> Tensor:
+    # To look at a number, where nobody has to wait for it, is cheaper than to compute for either case.
+    return norm if can_look(norm) and norm.item() else torch.where(norm == 0, 1, norm)
 
 
-class _Division(NamedTuple):
-    """A division by the spectral norm, and what its gradient is computed from."""
-
-    W: Tensor
-    u: Tensor
-    v: Tensor
-    dim: int
-    coefficient: float
-    cap: bool
-    version: int
-
-    def divisor(self, image: Tensor | None = None) -> Tensor:
-        # Always the product that power iteration ends with: a value is the same, to the bit, when it is read again.
-        if image is None:
-            image = torch.mv(as_matrix(self.W, self.dim).t(), self.u)
-        return divisor(torch.dot(image, self.v), self.coefficient, cap=self.cap)
-
-
-def _divide_large(of: _Division, image: Tensor | None) -> Tensor:
-    """Divide, with a gradient that reads W once: autograd's own makes five tensors of its size."""
-    with torch.no_grad():
-        D = of.divisor(image)
-    result = of.W / D
-    if result.grad_fn is not None:
-        result.grad_fn.register_hook(partial(_spectral_gradient, of, D))
-    return result
-
-
-def _spectral_gradient(
-    of: _Division, D: Tensor, grads: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...] | None:
-    r"""Add to :math:`G / D` what comes of the divisor, :math:`-\langle W, G \rangle / (c D^2)\; u v^H`."""
-    direct, G = grads[0], outputs[0]
-    if direct is None or G is None:
+def _before_division(
+    W: Tensor, version: int, u: Tensor, v: Tensor, D: Tensor, dim: int, G: Tensor | None
+) -> Tensor | None:
+    r"""Return the gradient that, divided by D, is the whole one: :math:`G - \langle W, G \rangle / D\; u v^H`."""
+    if G is None:
         return None
-    if of.W._version != of.version:
+    if not is_recorded() and W._version != version:
         raise RuntimeError(
             "The original of a spectral norm was modified by an inplace operation after it was used, and before the "
-            f"backward pass: it is at version {of.W._version}, expected {of.version}."
+            f"backward pass: it is at version {W._version}, expected {version}."
         )
-    again = torch.is_grad_enabled()  # to be differentiated once more
-    if again:
-        D = of.divisor()
-        direct = G / D
-    scale = torch.dot(of.W.reshape(-1), G.reshape(-1)) / (D * D * -of.coefficient)
-    if of.cap:
-        scale = scale * (D > 1)
-    M = as_matrix(direct, of.dim)
-    # G / D is a new tensor, which nobody else has seen.
-    M = torch.addr(M, of.u * scale, of.v) if again else M.addr_(of.u * scale, of.v)
-    shape = direct.movedim(of.dim, 0).shape
-    return (M.view(shape).movedim(0, of.dim), *grads[1:])
+    if torch.is_grad_enabled():  # to be differentiated once more, and the divisor is no constant then
+        constant, D = D, _nonzero(torch.dot(_image(W, u, dim), v))
+        G = G * (constant / D)
+    along = u * (torch.dot(W.reshape(-1), G.reshape(-1)) / -D)
+    M = torch.addr(as_matrix(G, dim), along, v)
+    return M if M.shape == W.shape else M.view(W.movedim(dim, 0).shape).movedim(0, dim)
