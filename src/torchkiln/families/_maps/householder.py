@@ -1,21 +1,26 @@
-r"""Products of Householder reflections: LAPACK's value, and a gradient of a few matrix products by the compact WY form.
+r"""Products of Householder reflections in the compact WY form: value and gradient by a few matrix products each.
 
 .. math:: H_1 \cdots H_k = I - V T V^T, \qquad M = T^{-1} = \mathrm{triu}(V^T V, 1) + \mathrm{diag}(V^T V)/2
 
 with the vectors as the columns of V (Schreiber and Van Loan, doi:10.1137/0910005; T by Puglisi, doi:10.1137/0913096).
-With D = diag(signs) and W = -M^{-1} V_1^T D, where V_1 is the first k rows of V, the value is Q = V W + E D. From a
-cotangent G come
+With D = diag(signs), E the first k unit vectors and U = -D V_1 M^{-T}, where V_1 is the first k rows of V, the value is
+Q = V U^T + E D. A cotangent G of a tall Q is taken back to
 
-.. math:: Y = M^{-T} V^T G, \quad Z = Y W^T, \quad
-    \mathrm{tril}(G W^T - V (\mathrm{triu}(Z) + \mathrm{triu}(Z, 1)^T) - E D Y^T, -1)
+.. math:: Y = M^{-T} V^T G, \quad Z = Y U, \quad
+    \mathrm{tril}(G U - V (\mathrm{triu}(Z) + \mathrm{triu}(Z, 1)^T) - E D Y^T, -1)
 
-M and W are upper triangular and V is lower; of V^T V, V^T G, Y and Z only the upper triangle counts, and of the
-gradient the lower one. Each is made in blocks, from what is not zero and counts.
+Of a square Q only :math:`S = Q^T G - G^T Q` counts, what G is along the orthogonal matrices. Put in the place of G, and
+as U = (I - H) D, it makes Z skew, and most of this cancels:
+
+.. math:: P = S U, \qquad \mathrm{tril}(D P + V\, \mathrm{tril}(U^T P, -1), -1)
+
+V and U are lower triangular, M is upper; of each product only one triangle counts. Each is made in blocks, from what is
+not zero and counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,22 +29,80 @@ from torchkiln.families._maps.explicit import ExplicitMap
 
 __all__ = ["HOUSEHOLDER"]
 
-# Rows or columns of a triangular product that are computed at a time: fewer leave out more, and cost more calls.
-_BLOCK = 64
-
-
-def _signs(X: Tensor) -> Tensor:
-    """Return the signs of the diagonal of X with zero as negative: weight decay does not change them."""
-    return X.detach().diagonal(dim1=-2, dim2=-1).sign().sub_(0.5).sign_()
+# From which length of a vector on LAPACK rounds less.
+_SHORT = 3.0
 
 
 def _value(X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    if X.device.type != "cpu":
-        return _plain(X), ()
-    V = X.tril(-1)
-    tau = (V * V).sum(-2).add_(1).reciprocal_().mul_(2)
-    Q: Tensor = torch.linalg.householder_product(V, tau)
-    return Q.mul_(_signs(X).unsqueeze(-2)), ()
+    """Return Q, and U with M (or, for a square Q, with Q)."""
+    n, k = X.shape[-2:]
+    V, signs = _reflectors(X)
+    M = _metric(V)
+    U = _factor(V[..., :k, :] * -signs.unsqueeze(-1), M)
+    Q = _product(V, U, signs) if _are_short(M) else _one_by_one(V, M, signs)
+    return Q, (U, M if n > k else X.new_empty(0))
+
+
+def _are_short(M: Tensor) -> bool:
+    """Return whether the vectors are so short that applying them together rounds no more than one by one."""
+    return M.device.type != "cpu" or bool(M.diagonal(dim1=-2, dim2=-1).max() < _SHORT**2 / 2)
+
+
+def _product(V: Tensor, U: Tensor, signs: Tensor) -> Tensor:
+    Q, W = torch.empty_like(V), U.mT
+    for i, j in _blocks(V.shape[-1]):
+        torch.matmul(V[..., i:j, :j], W[..., :j, i:], out=Q[..., i:j, i:])
+        torch.matmul(V[..., j:, :j], W[..., :j, i:j], out=Q[..., j:, i:j])
+    Q.diagonal(dim1=-2, dim2=-1).add_(signs)
+    return Q
+
+
+def _one_by_one(V: Tensor, M: Tensor, signs: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.householder_product(V, M.diagonal(dim1=-2, dim2=-1).reciprocal())
+    return Q.mul_(signs.unsqueeze(-2))
+
+
+def _pullback(X: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
+    U, other = kept
+    return (_pullback_square if X.shape[-2] == X.shape[-1] else _pullback_tall)(X, U, other, G)
+
+
+def _pullback_square(X: Tensor, U: Tensor, Q: Tensor, G: Tensor) -> Tensor:
+    V, signs = _reflectors(X)
+    N = Q.mT @ G
+    S = N - N.mT.contiguous()  # a large transpose is read in tiles when it is copied
+    P, L, blocks = torch.empty_like(V), N, _blocks(V.shape[-1])
+    for i, j in blocks:
+        torch.matmul(S[..., i:, i:], U[..., i:, i:j], out=P[..., i:, i:j])
+    for i, j in blocks:
+        torch.matmul(U[..., i:, i:j].mT, P[..., i:, :j], out=L[..., i:j, :j])
+    L.tril_(-1)
+    P.mul_(signs.unsqueeze(-1))
+    for i, j in blocks:
+        _add_(P[..., i:j, :j], V[..., i:j, :j], L[..., :j, :j])
+    return P.tril_(-1)
+
+
+def _pullback_tall(X: Tensor, U: Tensor, M: Tensor, G: Tensor) -> Tensor:
+    n, k = X.shape[-2:]
+    V, signs = _reflectors(X)
+    blocks = _blocks(k)
+    Y, Z = torch.zeros_like(M), torch.zeros_like(M)
+    for i, j in blocks:
+        F = V[..., i:, i:j].mT @ G[..., i:, i:]
+        _add_(F, M[..., :i, i:j].mT, Y[..., :i, i:], -1)
+        Y[..., i:j, i:] = torch.linalg.solve_triangular(M[..., i:j, i:j].mT, F, upper=False)
+    for i, j in blocks:
+        Z[..., :j, i:j] = Y[..., :j, i:] @ U[..., i:, i:j]
+    Z = Z.triu_() + Z.triu(1).mT
+    gradient = torch.empty_like(V)
+    for i, j in blocks:
+        torch.matmul(G[..., i:, i:], U[..., i:, i:j], out=gradient[..., i:, i:j])
+    for i, j in blocks:
+        rows = slice(i, j if j < k else n)
+        _add_(gradient[..., rows, :j], V[..., rows, :j], Z[..., :j, :j], -1)
+    gradient[..., :k, :] -= (Y * signs.unsqueeze(-2)).mT
+    return gradient.tril_(-1)
 
 
 def _plain(X: Tensor) -> Tensor:
@@ -53,55 +116,61 @@ def _plain(X: Tensor) -> Tensor:
     return Q
 
 
-def _pullback(X: Tensor, _kept: Sequence[Tensor], G: Tensor) -> Tensor:
-    n, k = X.shape[-2:]
-    V, signs = X.tril(-1), _signs(X)
-    V.diagonal(dim1=-2, dim2=-1).fill_(1)
-    U = (V[..., :k, :] * -signs.unsqueeze(-1)).mT
-    M = _upper(V, lambda i, j, _: V[..., i:, i:j].mT @ V[..., i:, i:])
-    M.diagonal(dim1=-2, dim2=-1).mul_(0.5)
-    T = _inverses_on_diagonal(M)
-    F = _upper(V, lambda i, j, _: V[..., i:, i:j].mT @ G[..., i:, i:])
-    Y = _upper(V, lambda i, j, Y: T[i].mT @ (F[..., i:j, i:] - M[..., :i, i:j].mT @ Y[..., :i, i:]))
-    W = _upper(V, lambda i, j, W: T[i] @ (U[..., i:j, i:] - M[..., i:j, j:] @ W[..., j:, i:]), upwards=True)
-    Z = _upper(V, lambda i, j, _: Y[..., i:j, i:] @ W[..., i:, i:].mT)
-    Z = Z.triu() + Z.triu(1).mT
-    gradient = torch.empty_like(V)
-    for i, j in _blocks(k):
-        gradient[..., i:, i:j] = G[..., i:, i:] @ W[..., i:j, i:].mT
-    for i, j in _blocks(k):
-        rows = slice(i, j if j < k else n)
-        gradient[..., rows, :j] -= V[..., rows, :j] @ Z[..., :j, :j]
-    gradient[..., :k, :] -= (Y * signs.unsqueeze(-2)).mT
-    return gradient.tril_(-1)
+def _kept_like(X: Tensor) -> tuple[Tensor, Tensor]:
+    k = X.shape[-1]
+    U = X.new_empty(*X.shape[:-2], k, k)
+    return U, torch.empty_like(U)
 
 
-HOUSEHOLDER = ExplicitMap("householder", value=_value, pullback=_pullback, plain=_plain)
+HOUSEHOLDER = ExplicitMap("householder", value=_value, pullback=_pullback, plain=_plain, kept_like=_kept_like)
 
 
 # --- triangular matrices ------------------------------------------------------------------------------------------
 
 
-def _blocks(k: int) -> list[tuple[int, int]]:
-    return [(i, min(i + _BLOCK, k)) for i in range(0, k, _BLOCK)]
+def _signs(X: Tensor) -> Tensor:
+    """Return the signs of the diagonal of X with zero as negative: weight decay does not change them."""
+    return X.detach().diagonal(dim1=-2, dim2=-1).sign().sub_(0.5).sign_()
 
 
-def _upper(V: Tensor, rows: Callable[[int, int, Tensor], Tensor], *, upwards: bool = False) -> Tensor:
-    """Return an upper triangular k x k matrix, its rows from i to j by ``rows(i, j, what is there so far)``.
+def _reflectors(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return V and the signs."""
+    V = X.clone(memory_format=torch.contiguous_format).tril_(-1)
+    V.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return V, _signs(X)
 
-    These start in column i.
-    """
+
+def _metric(V: Tensor) -> Tensor:
+    """Return M; what is below the blocks on its diagonal is never read."""
     k = V.shape[-1]
-    result = V.new_zeros(*V.shape[:-2], k, k)
-    for i, j in reversed(_blocks(k)) if upwards else _blocks(k):
-        result[..., i:j, i:] = rows(i, j, result)
-    return result
+    M = V.new_zeros(*V.shape[:-2], k, k)
+    for i, j in _blocks(k):
+        torch.matmul(V[..., i:, :j].mT, V[..., i:, i:j], out=M[..., :j, i:j])
+    # The 1 of each column comes last: small squares added to it one by one would be rounded off.
+    squares = V * V
+    squares.diagonal(dim1=-2, dim2=-1).zero_()
+    M.diagonal(dim1=-2, dim2=-1).copy_(squares.sum(-2).add_(1).mul_(0.5))
+    return M
 
 
-def _inverses_on_diagonal(M: Tensor) -> dict[int, Tensor]:
-    def inverse(B: Tensor) -> Tensor:
-        identity = torch.eye(B.shape[-1], dtype=B.dtype, device=B.device)
-        result: Tensor = torch.linalg.solve_triangular(B, identity, upper=True)
-        return result
+def _factor(C: Tensor, M: Tensor) -> Tensor:
+    """Return the lower triangular :math:`C M^{-T}` in the place of the lower triangular C."""
+    for i, j in reversed(_blocks(M.shape[-1])):
+        _add_(C[..., j:, i:j], C[..., j:, j:], M[..., i:j, j:].mT, -1)
+        columns = C[..., i:, i:j]
+        columns.copy_(torch.linalg.solve_triangular(M[..., i:j, i:j].mT, columns, upper=False, left=False))
+    return C
 
-    return {i: inverse(M[..., i:j, i:j]) for i, j in _blocks(M.shape[-1])}
+
+def _blocks(k: int) -> list[tuple[int, int]]:
+    """Return from where to where the blocks of k rows or columns go: smaller ones leave out more, at more calls."""
+    size = max(64, k // 4)
+    return [(i, min(i + size, k)) for i in range(0, k, size)]
+
+
+def _add_(C: Tensor, A: Tensor, B: Tensor, factor: float = 1) -> None:
+    """Add ``factor`` times A B to C."""
+    if C.ndim == 2:
+        C.addmm_(A, B, alpha=factor)
+    else:
+        C.add_(A @ B, alpha=factor)
