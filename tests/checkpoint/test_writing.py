@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,27 @@ def test_caller_s_errors_come_through(source: Path) -> None:
     with pytest.raises(LookupError, match="stop"):
         checkpoint.bake(source, source.with_name(f"out{source.suffix}"), progress=stop)
     assert list(source.parent.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_torch_has_its_threads_back(fails: bool, source: Path) -> None:
+    seen: set[int] = set()
+
+    def look(done: int, total: int, key: str) -> None:
+        seen.add(torch.get_num_threads())
+        if fails:
+            raise LookupError("stop")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(LookupError) if fails else nullcontext() as error:
+            checkpoint.bake(source, source.with_name(f"out{source.suffix}"), progress=look)
+        # Where there is an error it is held here, and with it everything that was being computed.
+        assert (torch.get_num_threads(), error is not None) == (3, fails)
+    finally:
+        torch.set_num_threads(before)
+    assert 1 in seen or fails
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file size limits")

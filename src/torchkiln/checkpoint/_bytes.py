@@ -6,7 +6,7 @@ import ctypes
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,8 @@ _CHUNK = 256 << 10
 _SEND = 8 << 20
 # How much is written before the disk is told to begin: enough to be written in large pieces.
 _FLUSH_EVERY = 32 << 20
+# How far the disk may be behind.
+_FLUSH_AGAIN = 256 << 20
 
 
 def nbytes(entry: Entry) -> int:
@@ -291,25 +293,15 @@ class OutputFile:
         """Do nothing: there is no buffer."""
 
     def _begin_flush(self, count: int) -> None:
-        """Let the disk begin with what is there already, while more comes."""
+        """Let the disk begin with what is there already, and the system reuse the memory of what the disk has.
+
+        The same bytes are given up several times: at first they begin to be written, and once they are, their memory
+        becomes that of what comes next. A file larger than the memory fills it otherwise, and new memory costs more
+        time than the copying into it.
+        """
         self._written += count
         if self._written - self._flushed >= _FLUSH_EVERY:
-            _start_flush(self._stream.fileno(), self._flushed, self._written - self._flushed)
+            start = max(0, self._flushed - _FLUSH_AGAIN)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._stream.fileno(), start, self._written - start, os.POSIX_FADV_DONTNEED)
             self._flushed = self._written
-
-
-def _find_start_flush() -> Callable[[int, int, int], None]:
-    """Return what tells the disk to begin with a part of a file, or nothing where the system has no such call.
-
-    Whether it succeeds does not matter: the ``fsync`` at the end tells of every error.
-    """
-    try:
-        call = ctypes.CDLL(None).sync_file_range
-    except (AttributeError, OSError, TypeError):  # not Linux
-        return lambda _descriptor, _start, _length: None
-    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    write_without_waiting = 2
-    return lambda descriptor, start, length: call(descriptor, start, length, write_without_waiting)
-
-
-_start_flush = _find_start_flush()

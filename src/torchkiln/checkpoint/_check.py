@@ -15,9 +15,10 @@ from torch import Tensor
 from torchkiln._core.errors import CheckpointError
 from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.evaluate import Evaluation
+from torchkiln.checkpoint._blocks import block_by_block
 from torchkiln.checkpoint._scan import Found
 
-__all__ = ["beyond", "check", "check_block", "check_merged", "errors", "overflows", "tolerance"]
+__all__ = ["beyond", "check", "check_block", "check_merged", "errors", "magnitude", "overflows", "tolerance"]
 
 # Rounding of a sum of products in the dtype it is computed in, relative to the tensor's largest magnitude.
 _ROUNDINGS = 256
@@ -27,6 +28,7 @@ Expected = Callable[[slice], Tensor]
 
 
 @torch.no_grad()
+@block_by_block()
 def check(found: Found, value: Tensor, evaluation: Evaluation) -> None:
     """Raise unless a computed tensor agrees with a recomputation from the same inputs.
 
@@ -47,28 +49,26 @@ def check(found: Found, value: Tensor, evaluation: Evaluation) -> None:
 
 
 @torch.no_grad()
-def check_block(found: Found, value: Tensor, expected: Tensor) -> None:
+def check_block(found: Found, value: Tensor, difference: Tensor, *, scale: float) -> None:
     """Raise unless some rows of a tensor agree with what another formula makes of the same inputs.
 
     Args:
         found: Whose rows they are.
         value: They, as they are to be written.
-        expected: They, by the other formula; it is overwritten.
+        difference: How much they are more than by the other formula.
+        scale: Their largest magnitude.
 
     Raises:
         CheckpointError: As for :func:`check`.
     """
     precision = _least_precise(found.item.entry.dtype, value.dtype)
-    scale = _magnitude(value)
-    # In place where that is as wide: this memory is in the cache.
-    difference = expected.sub_(value)
-    if not _magnitude(difference) <= tolerance(precision, folded=True) * scale:
-        _compare(found, value, difference.add_(value))
+    if not magnitude(difference) <= tolerance(precision, folded=True) * scale:
+        _compare(found, value, value - difference)
 
 
 def overflows(value: Tensor, source: Tensor) -> bool:
     """Tell whether a cast made values infinite that were not."""
-    if value.numel() == 0 or math.isfinite(_magnitude(value)):
+    if value.numel() == 0 or math.isfinite(magnitude(value)):
         return False
     return not torch.equal(torch.isfinite(value), torch.isfinite(source))
 
@@ -85,6 +85,7 @@ def _compare(found: Found, value: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
+@block_by_block()
 def check_merged(name: str, value: Tensor, exact: Expected, *, source: Tensor) -> None:
     """Raise unless a tensor with adapters merged into it agrees with a recomputation in float64, and is finite.
 
@@ -104,10 +105,10 @@ def check_merged(name: str, value: Tensor, exact: Expected, *, source: Tensor) -
         other = exact(block)
         if overflows(value[block], other):
             return
-        difference = _magnitude(other.sub_(value[block]))
+        difference = magnitude(other.sub_(value[block]))
         largest = difference if math.isnan(difference) else max(largest, difference)
         # What was added may have cancelled what was there: rounding is that of the larger one.
-        scale = max(scale, _magnitude(value[block]), _magnitude(source[block]))
+        scale = max(scale, magnitude(value[block]), magnitude(source[block]))
     if not math.isfinite(largest):
         raise CheckpointError(
             f"{name}: the adapters make values that are not finite. Is one of their tensors damaged?\n"
@@ -192,13 +193,13 @@ def _relative(value: Tensor, expected: Expected) -> float:
     for block in _blocks(value):
         mine, other = value[block], expected(block)
         if mine.numel():
-            magnitude, difference = _magnitude(mine), _magnitude(other.sub_(mine))
+            difference = magnitude(other.sub_(mine))
             largest = difference if math.isnan(difference) else max(largest, difference)
-            scale = max(scale, magnitude)
+            scale = max(scale, magnitude(mine))
     return largest / scale if scale else largest
 
 
-def _magnitude(tensor: Tensor) -> float:
+def magnitude(tensor: Tensor) -> float:
     """Return the largest magnitude, NaN if there is one; many times as fast as the norm that is the same.
 
     Of complex numbers it is that of a part.

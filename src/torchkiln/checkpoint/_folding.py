@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchkiln._core.spellings.evaluate import Evaluation
 from torchkiln.checkpoint._adapters.merging import Merging, Step
-from torchkiln.checkpoint._check import check, check_block, overflows
+from torchkiln.checkpoint._check import check, check_block, magnitude, overflows
 from torchkiln.checkpoint._io import Change, Entry, Made
 from torchkiln.checkpoint._report import Folded, Note
 from torchkiln.checkpoint._rows import Rowwise, folding
@@ -94,13 +94,16 @@ class Folding:
         dtype, finite, fits = self._dtype(found), True, True
         result = Evaluation(dim=by_rows.dim, assumptions=list(found.item.assumptions))
         for computed, inputs in by_rows.blocks():
-            if not math.isfinite(float(computed.sum())):
+            scale = magnitude(computed)
+            if not math.isfinite(scale):
                 finite = False
                 computed = computed if by_rows.fill is None else by_rows.fill(computed, *inputs)
             value = computed.to(dtype)
+            if value is not computed or not finite:
+                scale = magnitude(value)
+                fits = fits and not overflows(value, computed)
             if self.verify:
-                check_block(found, value, by_rows.expected(*inputs))
-            fits = fits and not overflows(value, computed)
+                check_block(found, value, by_rows.difference(value, *inputs), scale=scale)
             result.tensor = computed
             yield value
         if not finite:  # rare, and what is wrong shows in the whole

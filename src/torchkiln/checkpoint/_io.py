@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from torchkiln._core.spellings.entries import Entry, Group, Label
+from torchkiln.checkpoint._blocks import block_by_block
 from torchkiln.checkpoint._bytes import Extent, InputFile
 
 __all__ = [
@@ -74,7 +75,8 @@ class Made:
         if self.blocks is None:
             yield self.make()
         else:
-            yield from self.blocks()
+            with block_by_block():
+                yield from self.blocks()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Rowwise:
     Attributes:
         inputs: Where those are, and what.
         compute: Returns rows from theirs, in the dtype they are computed in.
-        expected: Returns the same by another formula.
+        difference: Returns how much given rows are more than what another formula makes of theirs.
         fill: Returns rows that are not finite, given them and their inputs, with zeros where nothing but a division
             by zero is the reason.
         dim: The normalized dim, None where there is none.
@@ -43,7 +43,7 @@ class Rowwise:
 
     inputs: Sequence[tuple[Extent, Entry]]
     compute: Rule
-    expected: Rule
+    difference: Rule
     fill: Rule | None = None
     dim: int | None = None
 
@@ -87,7 +87,7 @@ def folding(found: Found) -> Rowwise | None:
         found: Recognised by names and shapes.
     """
     item, group = found.item, found.group
-    if len(found.parts) != 1 or len(item.steps) != 1 or item.skipped or not prod(item.entry.shape[:1]):
+    if len(found.parts) != 1 or len(item.steps) != 1 or item.skipped or not prod(item.entry.shape):
         return None
     inputs = [(found.extent(key), group.entries[key]) for key in item.inputs]
     located = [(extent, entry) for extent, entry in inputs if extent is not None]
@@ -97,11 +97,11 @@ def folding(found: Found) -> Rowwise | None:
         return None
     step = item.steps[0]
     if step.kind == "pruning":
-        return Rowwise(located, _pruned, _exactly_pruned)
+        return Rowwise(located, _pruned, _off_pruned)
     if step.kind == "weight_norm" and (found.evaluate.choice(step, item) == (True, 0) or step.dims == (0,)):
         (extent, g), v = located
         gains = (extent, Entry((item.entry.shape[0], *[1] * (len(item.entry.shape) - 1)), g.dtype))
-        return Rowwise([gains, v], _normed, _otherwise_normed, fill=_filled, dim=0)
+        return Rowwise([gains, v], _normed, _off_normed, fill=_filled, dim=0)
     return None
 
 
@@ -113,8 +113,8 @@ def _pruned(W: Tensor, mask: Tensor) -> Tensor:
     return fold.apply_mask(_wide(W), _wide(mask))
 
 
-def _exactly_pruned(W: Tensor, mask: Tensor) -> Tensor:
-    return W.double().mul_(mask)
+def _off_pruned(value: Tensor, W: Tensor, mask: Tensor) -> Tensor:
+    return value - W.double().mul_(mask)
 
 
 def _normed(g: Tensor, v: Tensor) -> Tensor:
@@ -126,11 +126,11 @@ def _filled(W: Tensor, _: Tensor, v: Tensor) -> Tensor:
     return W.masked_fill(fold.directionless(v.to(W.dtype), 0), 0)
 
 
-def _otherwise_normed(g: Tensor, v: Tensor) -> Tensor:
+def _off_normed(value: Tensor, g: Tensor, v: Tensor) -> Tensor:
     dtype = torch.promote_types(fold.compute_dtype(g.dtype), fold.compute_dtype(v.dtype))
     g, v = g.to(dtype), v.to(dtype)
     over = list(range(1, v.ndim))
     # A long sum in float32 loses digits; the accumulator of the kernel above is its own.
     wide = torch.float64 if v[:1].numel() > _LONG_SUM else None
     norm = torch.linalg.vector_norm(v, dim=over, keepdim=True, dtype=wide).to(dtype) if over else v.abs()
-    return v * (g / norm.masked_fill(norm == 0, torch.inf))
+    return torch.addcmul(value.to(dtype), v, g / norm.masked_fill(norm == 0, torch.inf), value=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -98,7 +98,7 @@ class SafetensorsSink:
             pump(self._jobs(file, out), advance)
         self._check(file, path)
 
-    def _jobs(self, file: _File, out: OutputFile) -> Iterator[Job]:
+    def _jobs(self, file: _File, out: OutputFile) -> Generator[Job, None, None]:
         for key in file.order:
             entry, piece = self._tensors[key]
             if isinstance(piece, Extent):
@@ -119,7 +119,7 @@ class SafetensorsSink:
         return {"metadata": {"total_size": total}, "weight_map": places}
 
 
-def _computing(made: Made, out: OutputFile) -> Iterator[Job]:
+def _computing(made: Made, out: OutputFile) -> Generator[Job, None, None]:
     """Compute a tensor piece by piece, and yield the writing of each."""
     for tensor in made.pieces():
         size = tensor.numel() * tensor.element_size()

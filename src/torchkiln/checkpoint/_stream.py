@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from queue import Queue
 
@@ -34,7 +34,7 @@ class Job:
     held: int
 
 
-def pump(jobs: Iterator[Job], advance: Advance) -> None:
+def pump(jobs: Generator[Job, None, None], advance: Advance) -> None:
     """Do each job in another thread, in order, while the next one is being made.
 
     Making a job computes its tensor, so the tensor being written and the one being computed are in memory, no more.
@@ -55,6 +55,7 @@ def pump(jobs: Iterator[Job], advance: Advance) -> None:
         writer.finish()
     finally:
         writer.end()
+        jobs.close()  # what making a job has changed for its time ends here, and not when an error is forgotten
 
 
 class _Writer:

@@ -7,7 +7,7 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
@@ -173,7 +173,7 @@ def write_archive(out: OutputFile, records: list[Record], advance: Advance) -> N
     archive.close()
 
 
-def _jobs(archive: zipfile.ZipFile, rest: _Rest, records: list[Record]) -> Iterator[Job]:
+def _jobs(archive: zipfile.ZipFile, rest: _Rest, records: list[Record]) -> Generator[Job, None, None]:
     """Compute what has to be computed piece by piece, and yield the writing of it."""
     for name, size, piece in records:
         record = _Record(archive, rest, name, size)

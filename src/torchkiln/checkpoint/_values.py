@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from torchkiln.checkpoint._blocks import block_by_block
 from torchkiln.checkpoint._io import CheckpointFile, Group
 from torchkiln.checkpoint._report import Note
 from torchkiln.checkpoint._rows import rows_of
@@ -32,6 +33,7 @@ def not_finite(file: CheckpointFile) -> Iterator[Note]:
                     yield Note("warning", name, text)
 
 
+@block_by_block()
 def _counts(file: CheckpointFile, group: Group, key: str) -> tuple[int, int]:
     nans = infinite = 0
     for block in blocks_of(file, group, key):
