@@ -29,46 +29,59 @@ from torchkiln.families._maps.explicit import ExplicitMap
 
 __all__ = ["HOUSEHOLDER"]
 
-# From which length of a vector on LAPACK rounds less.
-_SHORT = 3.0
+# LAPACK applies the vectors one by one: quicker up to this many rows, and more exact where one is as long as this.
+_SMALL = 64
+_LONG = 3.0
 
 
 def _value(X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return Q, and U with M (or, for a square Q, with Q)."""
+    """Return Q, and U with M (or, for a square Q, with Q); of a small one Q alone."""
     n, k = X.shape[-2:]
-    V, signs = _reflectors(X)
-    M = _metric(V)
-    U = _factor(V[..., :k, :] * -signs.unsqueeze(-1), M)
-    Q = _product(V, U, signs) if _are_short(M) else _one_by_one(V, M, signs)
+    V, signs, squares = _reflectors(X)
+    if _is_small(X):
+        return _one_by_one(V, signs, squares), (X.new_empty(0),)
+    U, M = _factors(V, signs, squares)
+    long = X.device.type == "cpu" and bool(squares.max() > _LONG**2)
+    Q = _one_by_one(V, signs, squares) if long else _product(V, signs, U)
     return Q, (U, M if n > k else X.new_empty(0))
 
 
-def _are_short(M: Tensor) -> bool:
-    """Return whether the vectors are so short that applying them together rounds no more than one by one."""
-    return M.device.type != "cpu" or bool(M.diagonal(dim1=-2, dim2=-1).max() < _SHORT**2 / 2)
+def _is_small(X: Tensor) -> bool:
+    return X.shape[-2] <= _SMALL and X.device.type == "cpu"
 
 
-def _product(V: Tensor, U: Tensor, signs: Tensor) -> Tensor:
+def _kept_like(X: Tensor) -> tuple[Tensor, ...]:
+    if _is_small(X):
+        return (torch.empty_like(X),)
+    k = X.shape[-1]
+    U = X.new_empty(*X.shape[:-2], k, k)
+    return U, torch.empty_like(U)
+
+
+def _one_by_one(V: Tensor, signs: Tensor, squares: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.householder_product(V, 2 / squares)
+    return Q.mul_(signs.unsqueeze(-2))
+
+
+def _product(V: Tensor, signs: Tensor, U: Tensor) -> Tensor:
     Q, W = torch.empty_like(V), U.mT
     for i, j in _blocks(V.shape[-1]):
         torch.matmul(V[..., i:j, :j], W[..., :j, i:], out=Q[..., i:j, i:])
-        torch.matmul(V[..., j:, :j], W[..., :j, i:j], out=Q[..., j:, i:j])
+        if j < V.shape[-2]:
+            torch.matmul(V[..., j:, :j], W[..., :j, i:j], out=Q[..., j:, i:j])
     Q.diagonal(dim1=-2, dim2=-1).add_(signs)
     return Q
 
 
-def _one_by_one(V: Tensor, M: Tensor, signs: Tensor) -> Tensor:
-    Q: Tensor = torch.linalg.householder_product(V, M.diagonal(dim1=-2, dim2=-1).reciprocal())
-    return Q.mul_(signs.unsqueeze(-2))
-
-
 def _pullback(X: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
-    U, other = kept
-    return (_pullback_square if X.shape[-2] == X.shape[-1] else _pullback_tall)(X, U, other, G)
+    V, signs, squares = _reflectors(X)
+    U, M = _factors(V, signs, squares) if _is_small(X) else kept
+    if X.shape[-2] == X.shape[-1]:
+        return _pullback_square(V, signs, U, kept[-1], G)
+    return _pullback_tall(V, signs, U, M, G)
 
 
-def _pullback_square(X: Tensor, U: Tensor, Q: Tensor, G: Tensor) -> Tensor:
-    V, signs = _reflectors(X)
+def _pullback_square(V: Tensor, signs: Tensor, U: Tensor, Q: Tensor, G: Tensor) -> Tensor:
     N = Q.mT @ G
     S = N - N.mT.contiguous()  # a large transpose is read in tiles when it is copied
     P, L, blocks = torch.empty_like(V), N, _blocks(V.shape[-1])
@@ -83,9 +96,8 @@ def _pullback_square(X: Tensor, U: Tensor, Q: Tensor, G: Tensor) -> Tensor:
     return P.tril_(-1)
 
 
-def _pullback_tall(X: Tensor, U: Tensor, M: Tensor, G: Tensor) -> Tensor:
-    n, k = X.shape[-2:]
-    V, signs = _reflectors(X)
+def _pullback_tall(V: Tensor, signs: Tensor, U: Tensor, M: Tensor, G: Tensor) -> Tensor:
+    n, k = V.shape[-2:]
     blocks = _blocks(k)
     Y, Z = torch.zeros_like(M), torch.zeros_like(M)
     for i, j in blocks:
@@ -116,12 +128,6 @@ def _plain(X: Tensor) -> Tensor:
     return Q
 
 
-def _kept_like(X: Tensor) -> tuple[Tensor, Tensor]:
-    k = X.shape[-1]
-    U = X.new_empty(*X.shape[:-2], k, k)
-    return U, torch.empty_like(U)
-
-
 HOUSEHOLDER = ExplicitMap("householder", value=_value, pullback=_pullback, plain=_plain, kept_like=_kept_like)
 
 
@@ -133,33 +139,30 @@ def _signs(X: Tensor) -> Tensor:
     return X.detach().diagonal(dim1=-2, dim2=-1).sign().sub_(0.5).sign_()
 
 
-def _reflectors(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Return V and the signs."""
+def _reflectors(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return V, the signs, and the squares of the lengths of the vectors."""
     V = X.clone(memory_format=torch.contiguous_format).tril_(-1)
-    V.diagonal(dim1=-2, dim2=-1).fill_(1)
-    return V, _signs(X)
-
-
-def _metric(V: Tensor) -> Tensor:
-    """Return M; what is below the blocks on its diagonal is never read."""
-    k = V.shape[-1]
-    M = V.new_zeros(*V.shape[:-2], k, k)
-    for i, j in _blocks(k):
-        torch.matmul(V[..., i:, :j].mT, V[..., i:, i:j], out=M[..., :j, i:j])
     # The 1 of each column comes last: small squares added to it one by one would be rounded off.
-    squares = V * V
-    squares.diagonal(dim1=-2, dim2=-1).zero_()
-    M.diagonal(dim1=-2, dim2=-1).copy_(squares.sum(-2).add_(1).mul_(0.5))
-    return M
+    squares = (V * V).sum(-2).add_(1)
+    V.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return V, _signs(X), squares
 
 
-def _factor(C: Tensor, M: Tensor) -> Tensor:
-    """Return the lower triangular :math:`C M^{-T}` in the place of the lower triangular C."""
-    for i, j in reversed(_blocks(M.shape[-1])):
-        _add_(C[..., j:, i:j], C[..., j:, j:], M[..., i:j, j:].mT, -1)
-        columns = C[..., i:, i:j]
+def _factors(V: Tensor, signs: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return U and M; of M what is below the blocks on its diagonal is never read."""
+    k = V.shape[-1]
+    blocks = _blocks(k)
+    M = V.new_zeros(*V.shape[:-2], k, k)
+    for i, j in blocks:
+        torch.matmul(V[..., i:, :j].mT, V[..., i:, i:j], out=M[..., :j, i:j])
+    torch.mul(squares, 0.5, out=M.diagonal(dim1=-2, dim2=-1))
+    U = V[..., :k, :] * -signs.unsqueeze(-1)
+    for i, j in reversed(blocks):
+        columns = U[..., i:, i:j]
+        if j < k:
+            _add_(U[..., j:, i:j], U[..., j:, j:], M[..., i:j, j:].mT, -1)
         columns.copy_(torch.linalg.solve_triangular(M[..., i:j, i:j].mT, columns, upper=False, left=False))
-    return C
+    return U, M
 
 
 def _blocks(k: int) -> list[tuple[int, int]]:
