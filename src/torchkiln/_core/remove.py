@@ -22,20 +22,19 @@ from torchkiln._core.chain import (
 )
 from torchkiln._core.engine import balance, prepare
 from torchkiln._core.errors import ParametrizationError, describe
+from torchkiln._core.finite import has_plain_memory, is_finite
 from torchkiln._core.inject import base_class, chain_of, set_names
 from torchkiln._core.optimizers import Optimizers, Replacement, follow, parameters_of
-from torchkiln._core.sharded import holds_everywhere, is_sharded, shard_of
 from torchkiln._core.state import unfollow_forward, value_at_rest
 from torchkiln._core.ties import Place, chain_slots, label, other_holders
 from torchkiln._core.warn import warn
 
 __all__ = [
     "computed_value",
-    "is_finite",
     "leaf_originals",
     "new_tensor",
+    "put_back",
     "remove_parametrizations",
-    "settle",
     "surviving_original",
     "type_before_parametrizations",
 ]
@@ -130,16 +129,6 @@ def _exchange(place: Place, value: Tensor, *, keep_object: bool, optimizer: Opti
         follow(optimizer, [replacement], root=module)
 
 
-def is_finite(value: Tensor) -> bool:
-    """Return whether ``value`` has neither NaN nor infinity; True where it has no plain data to look at."""
-    if is_sharded(value):
-        return holds_everywhere(is_finite(shard_of(value)), value)
-    looks = _has_plain_memory(value) and not value.is_meta
-    if not looks or not (value.is_floating_point() or value.is_complex()):
-        return True
-    return bool(torch.isfinite(value).all())
-
-
 def type_before_parametrizations(module: nn.Module) -> type:
     """Return the class that ``module`` had before it was parametrized; its class where it is not.
 
@@ -169,16 +158,12 @@ def computed_value(chain: nn.Module) -> Tensor:
 
 def _is_shared(value: Tensor, chain: nn.Module) -> bool:
     """Return whether another tensor of the chain, or another element of ``value``, has the same memory."""
-    if not _has_plain_memory(value):
+    if not has_plain_memory(value):
         return False
     storage = value.untyped_storage()
-    others = filter(_has_plain_memory, tensors_within(chain))
+    others = filter(has_plain_memory, tensors_within(chain))
     pointers = {tensor.untyped_storage().data_ptr() for tensor in others}
     return storage.data_ptr() in pointers or storage.nbytes() != value.numel() * value.element_size()
-
-
-def _has_plain_memory(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
 
 
 def leaf_originals(chain: nn.Module) -> Iterator[Tensor]:
@@ -201,28 +186,13 @@ def surviving_original(chain: nn.Module) -> Tensor | None:
     return leaves[0] if len(leaves) == 1 else None
 
 
-def settle(module: nn.Module, name: str, value: Tensor, *, keep_object: bool = True) -> None:
-    """Replace the chain of ``module``'s tensor ``name`` by a plain tensor with ``value``.
-
-    Args:
-        module: The module that holds the tensor.
-        name: The parametrized tensor.
-        value: Its value from now on; its memory is taken over.
-        keep_object: Let the one original be the tensor, where there is one of ``value``'s dtype and device. False
-            makes a new tensor, for an original that is in use elsewhere.
-    """
-    survivor = surviving_original(chains_of(module)[name]) if keep_object else None
-    with all_or_nothing(module, *([] if survivor is None else [survivor])):
-        _settle(module, name, value, survivor)
-
-
 def _settle(module: nn.Module, name: str, value: Tensor, survivor: Tensor | None) -> None:
     if survivor is None or (survivor.dtype, survivor.device) != (value.dtype, value.device):
         tensor = new_tensor(value, chains_of(module)[name])
     else:
         _take_over(survivor, value)
         tensor = survivor
-    _put_back(module, name, tensor)
+    put_back(module, name, tensor)
 
 
 def _take_over(survivor: Tensor, value: Tensor) -> None:
@@ -250,7 +220,8 @@ def new_tensor(value: Tensor, chain: nn.Module) -> Tensor:
     return parameter_like(value, originals, requires_grad=trains)
 
 
-def _put_back(module: nn.Module, name: str, tensor: Tensor) -> None:
+def put_back(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give the place of ``module``'s computed tensor ``name`` to ``tensor``; the chain is gone."""
     chains = chains_of(module)
     chain = chains.pop(name)
     if not chains:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._core.errors import ParametrizationError
-from torchkiln._core.remove import is_finite
+from torchkiln._core.finite import is_finite
 from torchkiln._core.sharded import shard_of, whole
 from torchkiln.models._find import Found
 
@@ -37,7 +37,7 @@ def round_to(
         raise ParametrizationError(f"dtype: expected a floating-point dtype, got {dtype}.")
     rounded = [value.to(dtype) if value.is_floating_point() else value for value in values]
     for one, before, after in zip(found, values, rounded, strict=True):
-        if not is_finite(after):
+        if after is not before and not is_finite(after):
             largest = float(whole(before.abs().max()))
             raise ParametrizationError(
                 f"{one.path}: values up to {largest:.4g} do not fit {dtype}; nothing was changed.\n"

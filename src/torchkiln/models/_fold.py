@@ -10,8 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchkiln._core.chain import ParametrizationList, chains_of, enabled_steps, original_names, steps_of
-from torchkiln._core.remove import settle
+from torchkiln._core.chain import (
+    ParametrizationList,
+    chains_of,
+    enabled_steps,
+    original_names,
+    steps_of,
+    within,
+)
+from torchkiln._core.remove import put_back
 from torchkiln._core.restack import is_in
 from torchkiln._core.stack import word_for
 
@@ -130,7 +137,8 @@ class ChainFold(Fold):
         return [f"parametrizations.{self.name}.{key}" for key in self.chain.state_dict(keep_vars=True)]
 
     def parameters(self) -> list[nn.Parameter]:
-        return list(self.chain.parameters())
+        found = (p for one in within(self.chain) for p in one._parameters.values() if p is not None)
+        return list({id(p): p for p in found}.values())
 
     def known_shape(self) -> torch.Size | None:
         words = self.words()
@@ -146,8 +154,7 @@ class ChainFold(Fold):
         return value
 
     def _take_out(self, tensor: Tensor) -> None:
-        settle(self.module, self.name, tensor.detach(), keep_object=False)
-        slots_of(self.module, self.name)[self.name] = tensor
+        put_back(self.module, self.name, tensor)
         _drop_legacy_hook(self.module, self.name)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchkiln._core.atomic import all_or_nothing
 from torchkiln._core.attributes import parameter_like
-from torchkiln._core.chain import set_data
+from torchkiln._core.chain import set_data, within
 from torchkiln._core.engine import balance, prepare
 from torchkiln._core.optimizers import Optimizers, Replacement, follow
 from torchkiln.models._check import check_finite, check_stored, same
@@ -41,15 +41,15 @@ def at_rest(found: list[Found]) -> Iterator[None]:
     """Evaluate in eval mode, without grad; random numbers, modes and the hooks' attributes stay as they are."""
     nested = [fold for one in found for fold in one.fold.nested()]
     chains = [fold.chain for fold in nested if isinstance(fold, ChainFold)]
-    training = {module: module.training for chain in chains for module in chain.modules()}
+    training = [module for chain in chains for module in within(chain) if module.training]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         _keep_generators(stack, [tensor for fold in nested for tensor in fold.leaves()])
         # A hook inside a chain writes its result to the chain when the chain is called.
         stack.callback(_restore_attributes, [(chain, vars(chain).copy()) for chain in chains])
-        stack.callback(_set_training, training)
-        _set_training(dict.fromkeys(training, False))
+        stack.callback(_set_training, training, mode=True)
+        _set_training(training, mode=False)
         yield
 
 
@@ -61,9 +61,9 @@ def _keep_generators(stack: ExitStack, tensors: list[Tensor]) -> None:
         stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
 
 
-def _set_training(modes: dict[nn.Module, bool]) -> None:
+def _set_training(modules: list[nn.Module], *, mode: bool) -> None:
     # Not train(): some modules override it to do work.
-    for module, mode in modes.items():
+    for module in modules:
         module.training = mode
 
 
@@ -85,14 +85,14 @@ def checked_values(found: list[Found]) -> list[Tensor]:
     with at_rest(found):
         values = [one.fold.value() for one in found]
     for one, value in zip(found, values, strict=True):
-        check_finite(
-            one,
-            value,
-            advice="; nothing was changed.\n"
-            "A slice of zeros under weight norm, or a zero weight under spectral norm, is 0 / 0.\n"
-            f"Repair the stored tensors, or leave the tensor out: exclude={one.path!r}.",
-        )
+        check_finite(one, value, advice=_advice(one))
     return values
+
+
+def _advice(one: Found) -> str:
+    zeros = "In torch's own norms a slice of zeros, or a weight of zeros, is 0 / 0.\n"
+    repair = f"Repair the stored tensors, or leave the tensor out: exclude={one.path!r}."
+    return f"; nothing was changed.\n{'' if one.fold.api == 'torchkiln' else zeros}{repair}"
 
 
 # --- which tensor holds which value -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError
+from torchkiln._core.finite import is_finite
 from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.entries import Group
 from torchkiln._core.spellings.options import Options
@@ -119,7 +120,7 @@ class Evaluator:
         return tensor if self._fresh else tensor.clone()
 
     def _finished(self, item: Spelled, result: Evaluation) -> Evaluation:
-        if not result.warnings and not _finite(result.tensor):
+        if not result.warnings and not is_finite(result.tensor):
             result.warnings.append(f"{item.name}: has values that are not finite")
         return result
 
@@ -179,7 +180,7 @@ class Evaluator:
         dtype = torch.promote_types(g.dtype, v.dtype)
         rule = fold.exact_weight_norm if self._exact else fold.weight_norm
         result.tensor = rule(g.to(dtype), v.to(dtype), result.dim)
-        if not _finite(result.tensor):  # as it is after a division by the norm of such a slice
+        if not is_finite(result.tensor):  # as it is after a division by the norm of such a slice
             self._fill(item.originals[1], v, result)
 
     def _fill(self, key: str, v: Tensor, result: Evaluation) -> None:
@@ -202,7 +203,7 @@ class Evaluator:
         rule = fold.exact_spectral_norm if self._exact else fold.spectral_norm
         W = result.tensor
         result.tensor = rule(W, u.to(W.dtype), v.to(W.dtype), result.dim)
-        if not _finite(result.tensor) and not W.any():
+        if not is_finite(result.tensor) and not W.any():
             result.tensor = W
             result.warnings.append(
                 f"{item.originals[0]}: is all zero, and so is the weight; torch computes NaN there"
@@ -268,11 +269,6 @@ class Evaluator:
         result.assumptions.append(
             f"step {_some(item.skipped)} keeps nothing in the file; u and v fit without it"
         )
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Tell whether every value is finite; one pass without memory where the sum is."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _alignment(M: Tensor, u: Tensor, v: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from torchkiln._core.chain import chains_of, is_parametrized
 from torchkiln._core.errors import CheckpointError, InverseError, ParametrizationError, TorchkilnWarning
+from torchkiln._core.finite import is_finite
 from torchkiln._core.sharded import whole
 from torchkiln._core.spellings.entries import Entry, Group
 from torchkiln._core.spellings.evaluate import Evaluation, Evaluator
@@ -218,9 +219,9 @@ def _check_loaded(name: str, value: Tensor, loaded: Tensor) -> None:
         raise ParametrizationError(
             f"{name}: the state dict has it with shape {tuple(value.shape)}, the module with {tuple(loaded.shape)}."
         )
-    if not value.numel() or not bool(torch.isfinite(value).all()):
+    if not value.numel() or not is_finite(value):
         return
-    if not bool(torch.isfinite(loaded).all()):
+    if not is_finite(loaded):
         raise ParametrizationError(
             f"{name}: its parametrization cannot be that value, and computes NaN for it."
         )
