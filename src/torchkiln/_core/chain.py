@@ -37,6 +37,7 @@ TORCHS_MODULE = "torch.nn.utils.parametrize"
 
 
 _MODULE_CALL = nn.Module.__call__
+_MODULE_GETATTR = nn.Module.__getattr__
 _global = torch.nn.modules.module
 _forward_hooks, _forward_pre_hooks = _global._global_forward_hooks, _global._global_forward_pre_hooks
 _backward_hooks, _backward_pre_hooks = _global._global_backward_hooks, _global._global_backward_pre_hooks
@@ -287,10 +288,22 @@ def is_parametrized(module: nn.Module, tensor_name: str | None = None) -> bool:
         >>> parametrize.is_parametrized(layer, "weight"), parametrize.is_parametrized(layer, "bias")
         (True, False)
     """
-    parametrizations: object = getattr(module, "parametrizations", None)
-    if not isinstance(parametrizations, nn.ModuleDict):
+    modules: object = module.__dict__.get("_modules")
+    chains: object = modules.get("parametrizations") if type(modules) is dict else None
+    if chains is None and _may_have(module):
+        chains = getattr(module, "parametrizations", None)
+    if not isinstance(chains, nn.ModuleDict):
         return False
-    return len(parametrizations) > 0 if tensor_name is None else tensor_name in parametrizations
+    return bool(chains._modules) if tensor_name is None else tensor_name in chains._modules
+
+
+def _may_have(module: nn.Module) -> bool:
+    """Return whether ``module`` may have an attribute ``parametrizations`` that is no submodule of it.
+
+    A wrapper shows those of what it wraps. To ask ``nn.Module`` itself for what is not there takes a microsecond.
+    """
+    cls = type(module)
+    return cls.__getattr__ is not _MODULE_GETATTR or hasattr(cls, "parametrizations")
 
 
 def chains_of(module: nn.Module) -> dict[str, Any]:

@@ -49,15 +49,15 @@ def attach(engine: Engine) -> None:
     _hook.engine = engine
 
 
-def prepare(modules: Iterable[nn.Module], intent: str | None = None) -> None:
+def prepare(modules: Iterable[nn.Module], intent: str | Callable[[], str] | None = None) -> None:
     """Announce a change of ``modules``, before their tensors are looked at.
 
     Args:
         modules: The modules.
-        intent: What is about to be done; None for a look only.
+        intent: What is about to be done, or what says so; None for a look only.
     """
     if (engine := _engine_in_use()) is not None:
-        engine.prepare(list(modules), intent)
+        engine.prepare(list(modules), intent() if callable(intent) else intent)
 
 
 def take_in(module: nn.Module, step: nn.Module) -> Callable[[], None]:

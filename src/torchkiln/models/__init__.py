@@ -223,7 +223,7 @@ def _row(one: Found, shape: torch.Size, tied: tuple[str, ...], rounding: float) 
         what=one.fold.what(),
         api=one.fold.api,
         shape=tuple(shape),
-        keys=tuple(one.prefix + key for key in one.fold.stored_keys()),
+        keys=tuple(one.prefix + key for key in one.fold.stored_keys),
         parameters=sum(parameters.values()),
         tied=tied,
         rounding=rounding,

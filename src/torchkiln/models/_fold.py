@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,13 +86,17 @@ class Fold(ABC):
     def words(self) -> list[str]:
         """Return a word for each step of this level."""
 
+    @cached_property
     @abstractmethod
     def stored_keys(self) -> list[str]:
-        """Return the state-dict keys, relative to the module, that store the tensor."""
+        """The state-dict keys, relative to the module, that store the tensor."""
 
     @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that store the tensor, those of the steps included."""
+        """Return the parameters that store the tensor, those of the steps included.
+
+        Found anew each time: one that is kept looks as if somebody else held it.
+        """
 
     @abstractmethod
     def known_shape(self) -> torch.Size | None:
@@ -133,6 +138,7 @@ class ChainFold(Fold):
             for step in steps_of(self.chain)
         ]
 
+    @cached_property
     def stored_keys(self) -> list[str]:
         return [f"parametrizations.{self.name}.{key}" for key in self.chain.state_dict(keep_vars=True)]
 

@@ -7,7 +7,7 @@ object is asked for the value, and taken out with everything that it left.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -60,8 +60,9 @@ class HookFold(Fold):
     def words(self) -> list[str]:
         return [self.word]
 
+    @cached_property
     def stored_keys(self) -> list[str]:
-        nested = (self.inner[part].stored_keys() if part in self.inner else [part] for part in self.parts)
+        nested = (self.inner[part].stored_keys if part in self.inner else [part] for part in self.parts)
         return [key for keys in nested for key in keys]
 
     def parameters(self) -> list[nn.Parameter]:

@@ -76,7 +76,7 @@ def _restore_attributes(saved: list[tuple[nn.Module, dict[str, Any]]]) -> None:
 def announce(verb: str, found: list[Found]) -> None:
     """Say what is about to be done with ``found``, which must be the same wherever the model is trained."""
     modules = (fold.module for one in found for fold in one.fold.nested())
-    prepare(modules, f"{verb} " + ", ".join(f"{one.path} ({one.fold.what()})" for one in found))
+    prepare(modules, lambda: f"{verb} " + ", ".join(f"{one.path} ({one.fold.what()})" for one in found))
 
 
 def checked_values(found: list[Found]) -> list[Tensor]:

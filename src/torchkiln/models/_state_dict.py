@@ -214,7 +214,7 @@ def _prefixes(one: Found) -> list[str]:
 
 
 def _folded(found: list[Found]) -> list[_Change]:
-    stored = [one for one in found if one.fold.stored_keys()]
+    stored = [one for one in found if one.fold.stored_keys]
     with at_rest(stored):
         values = [one.fold.value() for one in stored]
     shared: dict[tuple[int, ...], list[Tensor]] = {}
@@ -237,7 +237,7 @@ def _folded(found: list[Found]) -> list[_Change]:
 
 def _fold(fold: Fold, prefix: str, value: Tensor) -> _Change:
     return _Change(
-        keys=tuple(prefix + key for key in fold.stored_keys()),
+        keys=tuple(prefix + key for key in fold.stored_keys),
         written={} if _is_transient(fold) else {prefix + fold.name: value},
         followers=tuple(prefix + name for name in followers(fold)),
         before=tuple(_label(inner, prefix) for inner in fold.nested()),
@@ -270,7 +270,7 @@ def _renamed(found: list[Found], spelling: Style) -> list[_Change]:
 
 
 def _rename(fold: Fold, prefix: str, spelling: Style, norm: Norm) -> _Change:
-    keys = tuple(prefix + key for key in fold.stored_keys())
+    keys = tuple(prefix + key for key in fold.stored_keys)
     return _Change(
         keys=keys,
         written=dict(zip(norm_keys(prefix + fold.name, spelling, norm), keys, strict=True)),

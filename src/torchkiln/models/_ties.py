@@ -16,7 +16,7 @@ __all__ = ["held_outside", "replacements", "tied_paths"]
 def tied_paths(model: nn.Module, everything: list[Found], found: list[Found]) -> list[tuple[str, ...]]:
     """Return, for each of ``found``, the other tensors of ``model`` stored in one of its parameters, by path."""
     computed = {
-        f"{prefix}{key}" for one in everything for prefix in _prefixes(one) for key in one.fold.stored_keys()
+        f"{prefix}{key}" for one in everything for prefix in _prefixes(one) for key in one.fold.stored_keys
     }
     holders: dict[int, dict[str, None]] = {}
     for one in everything:
