@@ -1,7 +1,8 @@
-"""Killing a process at a random moment of its writing: ``python -m tests.checkpoint.kills 200`` for a long row of it.
+"""Killing a process at every moment of its writing: ``python -m tests.checkpoint.kills 200`` for a long row of it.
 
-Each run forks a process that bakes a file, ends it with SIGKILL after a random time, and looks at what is there: the
-input has to be what it was, the output what it was before or whole and right.
+Each run forks a process that bakes a file, ends it with SIGKILL, and looks at what is there: the input has to be what
+it was, the output what it was before or whole and right. Some processes stand still at a step until they are killed,
+some are killed while they go on from there, some after a random time.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from torchkiln import checkpoint
 
-__all__ = ["TARGETS", "Folder", "kill_one"]
+__all__ = ["STEPS", "TARGETS", "Folder", "Kill", "kill_at", "kills"]
 
 # What is written, by its name, and the options that make it.
 TARGETS: dict[str, dict[str, Any]] = {
@@ -31,17 +34,46 @@ TARGETS: dict[str, dict[str, Any]] = {
     "shards": {"max_shard_size": 3_000_000},
     "dcp": {"container": "dcp"},
     "replaced.safetensors": {"force": True},
+    "replaced.pt": {"force": True},
 }
+
+STEPS = ("writing", "syncing", "renaming", "renamed")
+"""What happens to an output one after the other; the last is all there is to do once it has its name."""
+
+# What the interpreter tells of, and what it is a step of.
+_EVENTS = {
+    "open": "writing",
+    "os.mkdir": "writing",
+    "os.link": "renaming",
+    "os.rename": "renaming",
+    "os.remove": "renamed",
+}
+How = Literal["halted", "going on", "at random"]
+
+
+class Kill(NamedTuple):
+    """How a process was killed, and what was found after it.
+
+    Attributes:
+        step: One of :data:`STEPS`, ``"done"`` or ``"at random"``.
+        how: Whether it stood still.
+        found: ``"absent"``, ``"whole"`` or ``"as before"``; anything else is a failure.
+    """
+
+    step: str
+    how: How
+    found: str
 
 
 class Folder(NamedTuple):
-    """A folder with an input, what its baking gives, and how long that takes."""
+    """A folder with an input, what its baking gives, how long that takes, and in what steps."""
 
     path: Path
     source: Path
     digest: str
     expected: dict[str, str]
     seconds: dict[str, float]
+    steps: dict[str, list[str]]
 
     @classmethod
     def make(cls, path: Path, *, layers: int) -> Folder:
@@ -54,15 +86,20 @@ class Folder(NamedTuple):
         source = path / "in.pt"
         torch.save(state, source)
         expected, seconds = {}, {}
-        checkpoint.bake(source, path / "first.pt")  # which loads what later ones find loaded
-        remove(path / "first.pt")
         for name, options in TARGETS.items():
-            start = time.perf_counter()
             checkpoint.bake(source, path / name, **options)
-            seconds[name] = time.perf_counter() - start
             expected[name] = digest(path / name)
             remove(path / name)
-        return cls(path, source, digest(source), expected, seconds)
+        folder = cls(path, source, digest(source), expected, seconds, {})
+        for name in TARGETS:
+            start = time.perf_counter()
+            child, steps = _started(folder, name)
+            with steps:
+                folder.steps[name] = [line.strip() for line in steps]
+            os.waitpid(child, 0)
+            seconds[name] = time.perf_counter() - start
+            remove(path / name)
+        return folder
 
 
 def digest(path: Path) -> str:
@@ -82,26 +119,83 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def kill_one(folder: Folder, name: str, part: float) -> str:
-    """Bake in another process, kill it after a part of the usual time, and say what is there.
+def kill_at(folder: Folder, name: str, step: str, *, how: How, dice: random.Random) -> Kill:
+    """Bake in another process, kill it, and say what is there.
 
-    Returns:
-        ``"absent"``, ``"whole"`` or ``"as before"``; anything else is a failure.
+    Args:
+        folder: Where.
+        name: One of :data:`TARGETS`.
+        step: One of :data:`STEPS`, of which it is any moment.
+        how: ``"halted"`` at that moment, ``"going on"``, or ``"at random"``: after some time, whatever the step.
+        dice: Which moment, or which time.
     """
     target = folder.path / name
     replaced = bool(TARGETS[name].get("force"))
     if replaced:
         target.write_bytes(b"precious")
+    moments = [moment for moment, one in enumerate(folder.steps[name]) if one == step]
+    moment = None if how == "at random" else dice.choice(moments)
+    child, steps = _started(folder, name, halt=moment if how == "halted" else None)
+    with steps:
+        reached = "at random"
+        if moment is None:
+            time.sleep(dice.uniform(0, 1.3) * folder.seconds[name])
+        else:
+            lines = [line.strip() for line in islice(steps, moment + 1)]
+            reached = lines[moment] if len(lines) > moment else "done"
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return Kill(reached, how, _found(folder, target, replaced=replaced))
+
+
+def _started(folder: Folder, name: str, *, halt: int | None = None) -> tuple[int, Any]:
+    """Fork a process that bakes, and return it with a stream of the steps that it comes to.
+
+    Args:
+        folder: Where.
+        name: What it writes.
+        halt: The moment to stand still at.
+    """
+    reading, writing = os.pipe()
     child = os.fork()
-    if child == 0:
-        try:
-            checkpoint.bake(folder.source, target, **TARGETS[name])
-        finally:
-            os._exit(0)
-    time.sleep(part * folder.seconds[name])
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return _found(folder, target, replaced=replaced)
+    if child:
+        os.close(writing)
+        return child, os.fdopen(reading)
+    try:
+        moments = iter(range(1 << 30))
+
+        def reached(step: str) -> None:
+            os.write(writing, f"{step}\n".encode())
+            if next(moments) == halt:
+                time.sleep(600)
+
+        _bake_watched(folder, name, reached)
+    finally:
+        os._exit(0)
+
+
+def _bake_watched(folder: Folder, name: str, reached: Callable[[str], None]) -> None:
+    """Bake, and call `reached` with every step before it is made, and after each sync."""
+    fsync, renamed = os.fsync, False
+
+    def tell(step: str) -> None:
+        nonlocal renamed
+        reached("renamed" if renamed else step)
+        renamed = renamed or step == "renaming"
+
+    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _EVENTS and str(arguments[0]).startswith(str(folder.path)):
+            tell(_EVENTS[event])
+
+    def synced(descriptor: int) -> None:
+        tell("syncing")
+        fsync(descriptor)
+        tell("syncing")
+
+    os.fsync = synced
+    sys.addaudithook(heard)
+    checkpoint.bake(folder.source, folder.path / name, progress=lambda *_: tell("writing"), **TARGETS[name])
+    tell("renamed")
 
 
 def _found(folder: Folder, target: Path, *, replaced: bool) -> str:
@@ -120,19 +214,32 @@ def _found(folder: Folder, target: Path, *, replaced: bool) -> str:
             remove(left)
 
 
+def kills(folder: Folder, name: str, runs: int, *, seed: int) -> Iterator[Kill]:
+    """Kill so many processes: a third halted and a third going on, spread over the steps, and a third at random.
+
+    Args:
+        folder: Where.
+        name: One of :data:`TARGETS`.
+        runs: How many.
+        seed: Which moments.
+    """
+    dice, ways = random.Random(seed), ("halted", "going on", "at random")
+    for run in range(runs):
+        step = STEPS[run // len(ways) % len(STEPS)]
+        yield kill_at(folder, name, step, how=ways[run % len(ways)], dice=dice)
+
+
 def main(runs: str, layers: str = "24") -> None:
     """Kill so many processes, and print what was found."""
     torch.set_num_threads(1)
+    found: Counter[tuple[str, ...]] = Counter()
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".kills-") as path:
         folder = Folder.make(Path(path), layers=int(layers))
-        names = list(TARGETS)
-        dice = random.Random(0)
-        found = Counter(
-            (name := names[run % len(names)], kill_one(folder, name, dice.uniform(0, 2)))
-            for run in range(int(runs))
-        )
-    for (name, what), count in sorted(found.items()):
-        sys.stdout.write(f"{name:22} {what:10} {count}\n")
+        for seed, name in enumerate(TARGETS):
+            share = len(range(seed, int(runs), len(TARGETS)))
+            found.update((name, *kill) for kill in kills(folder, name, share, seed=seed))
+    for row, count in sorted(found.items()):
+        sys.stdout.write("{:22}{:12}{:12}{:12}".format(*row) + f"{count}\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 
 from tests.checkpoint.cases import read_file, same_bits
-from tests.checkpoint.kills import TARGETS, Folder, digest, kill_one
+from tests.checkpoint.kills import STEPS, TARGETS, Folder, Kill, digest, kill_at, kills
 from torchkiln import checkpoint
 from torchkiln._core.errors import CheckpointError, OutputExistsError
 
@@ -42,15 +42,32 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 # --- killed, asked to end, or two at once -------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return Folder.make(tmp_path_factory.mktemp("killed"), layers=8)
+
+
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_killed_process_leaves_the_output_absent_or_whole(name: str, tmp_path: Path) -> None:
-    folder = Folder.make(tmp_path, layers=8)
-    dice = random.Random(name)
-    found = {kill_one(folder, name, dice.uniform(0, 1.3)) for _ in range(8)}
-    assert found <= ({"as before", "whole"} if TARGETS[name].get("force") else {"absent", "whole"})
+def test_a_killed_process_leaves_the_output_absent_or_whole(name: str, killed: Folder) -> None:
+    before = "as before" if TARGETS[name].get("force") else "absent"
+    found = list(kills(killed, name, 9, seed=0))
+    assert {kill.found for kill in found} <= {before, "whole"}
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_killed_at_a_step_the_output_is_there_once_it_is_renamed(
+    name: str, step: str, killed: Folder
+) -> None:
+    before = "as before" if TARGETS[name].get("force") else "absent"
+    kill = kill_at(killed, name, step, how="halted", dice=random.Random(0))
+    assert kill == Kill(step, "halted", "whole" if step == "renamed" else before)
 
 
 def test_what_a_kill_finds_can_be_a_failure(tmp_path: Path) -> None:
