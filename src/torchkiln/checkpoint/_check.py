@@ -18,7 +18,17 @@ from torchkiln._core.spellings.evaluate import Evaluation
 from torchkiln.checkpoint._blocks import block_by_block
 from torchkiln.checkpoint._scan import Found
 
-__all__ = ["beyond", "check", "check_block", "check_merged", "errors", "magnitude", "overflows", "tolerance"]
+__all__ = [
+    "beyond",
+    "check",
+    "check_block",
+    "check_merged",
+    "check_merged_block",
+    "errors",
+    "magnitude",
+    "overflows",
+    "tolerance",
+]
 
 # Rounding of a sum of products in the dtype it is computed in, relative to the tensor's largest magnitude.
 _ROUNDINGS = 256
@@ -107,16 +117,37 @@ def check_merged(name: str, value: Tensor, exact: Expected, *, source: Tensor) -
             return
         difference = magnitude(other.sub_(value[block]))
         largest = difference if math.isnan(difference) else max(largest, difference)
-        # What was added may have cancelled what was there: rounding is that of the larger one.
-        scale = max(scale, magnitude(value[block]), magnitude(source[block]))
+        scale = max(scale, magnitude(value[block]))
+    _judge_merged(name, value, source, largest, scale)
+
+
+@torch.no_grad()
+def check_merged_block(name: str, value: Tensor, expected: Tensor, *, source: Tensor, scale: float) -> None:
+    """Raise as :func:`check_merged` does, for some rows.
+
+    Args:
+        name: The tensor, for messages.
+        value: The rows, as they are to be written.
+        expected: They, computed anew; it is overwritten.
+        source: They, before adapters were merged into them.
+        scale: The largest magnitude in `value`.
+    """
+    if math.isfinite(scale) or not overflows(value, expected):
+        _judge_merged(name, value, source, magnitude(expected.sub_(value)), scale)
+
+
+def _judge_merged(name: str, value: Tensor, source: Tensor, largest: float, scale: float) -> None:
+    precision = _least_precise(source.dtype, value.dtype)
+    if largest <= tolerance(precision, folded=True) * scale < math.inf:
+        return
     if not math.isfinite(largest):
         raise CheckpointError(
             f"{name}: the adapters make values that are not finite. Is one of their tensors damaged?\n"
             "Nothing was written."
         )
-    reason = beyond(
-        largest / scale if scale else largest, _least_precise(source.dtype, value.dtype), folded=True
-    )
+    # What was added may have cancelled what was there: rounding is that of the larger one.
+    scale = max(scale, magnitude(source))
+    reason = beyond(largest / scale if scale else largest, precision, folded=True)
     if reason:
         raise CheckpointError(
             f"{name}: was merged twice, with different results: {reason}.\n"

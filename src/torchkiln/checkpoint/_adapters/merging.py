@@ -28,7 +28,7 @@ from torchkiln.checkpoint._adapters.keys import Parsed, Renamed, locate, parse
 from torchkiln.checkpoint._adapters.lora import experts
 from torchkiln.checkpoint._adapters.methods import Method, method_of
 from torchkiln.checkpoint._adapters.target import Target
-from torchkiln.checkpoint._check import check_merged
+from torchkiln.checkpoint._check import check_merged, check_merged_block, magnitude
 from torchkiln.checkpoint._io import CheckpointFile, Extent
 from torchkiln.checkpoint._report import Note
 from torchkiln.checkpoint._rows import rows_of
@@ -118,8 +118,10 @@ class Merging:
         *,
         dtype: torch.dtype,
         verify: bool,
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[tuple[Tensor, float]]:
         """Yield the rows of :meth:`merged`, block by block, where every change is the sum of a product.
+
+        With each block comes its largest magnitude, which is NaN where there is one.
 
         Args:
             name: What to call it.
@@ -141,10 +143,11 @@ class Merging:
         for (W,) in rows_of([source]):
             block = slice(start, start + W.shape[0])
             value = added(W, factors, block, dtype=wide).to(dtype)
+            scale = magnitude(value)
             if verify:
                 other = added(W, exact, block, dtype=finer)
-                check_merged(name, value, other.__getitem__, source=W)
-            yield value
+                check_merged_block(name, value, other, source=W, scale=scale)
+            yield value, scale
             start = block.stop
 
     def keys(self, group: Group, name: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -66,8 +67,8 @@ class Writing:
 
         def blocks() -> Iterator[Tensor]:
             fits = True
-            for value in self.merging.rows(name, source, steps, dtype=dtype, verify=self.verify):
-                fits = fits and all(torch.isfinite(bound) for bound in torch.aminmax(value))
+            for value, scale in self.merging.rows(name, source, steps, dtype=dtype, verify=self.verify):
+                fits = fits and math.isfinite(scale)
                 yield value
             if not fits:
                 self._warn(name, dtype)
