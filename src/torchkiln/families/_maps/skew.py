@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 
 from torchkiln.families._maps.explicit import ExplicitMap
 
-__all__ = ["SkewFunction", "explicit_map", "skew"]
+__all__ = ["SkewFunction", "explicit_map", "minus_adjoint", "plus_adjoint", "skew"]
 
 Kept = Sequence[Tensor]
 
@@ -63,7 +63,22 @@ def skew(X: Tensor) -> Tensor:
     """
     n, k = X.shape[-2:]
     L = X.tril() if n == k else pad(X.tril(), (0, n - k))
-    return L - L.mH
+    return minus_adjoint(L)
+
+
+def minus_adjoint(X: Tensor) -> Tensor:
+    """Return :math:`X - X^H`."""
+    return X - _adjoint(X)
+
+
+def plus_adjoint(X: Tensor) -> Tensor:
+    """Return :math:`X + X^H`."""
+    return X + _adjoint(X)
+
+
+def _adjoint(X: Tensor) -> Tensor:
+    # Read across the rows of a large matrix, a transpose costs as much as some products; copying it is done in tiles.
+    return X.mH.contiguous() if X.shape[-1] >= 256 else X.mH
 
 
 def explicit_map(name: str, f: SkewFunction) -> ExplicitMap:
@@ -116,7 +131,7 @@ def _value_full(f: SkewFunction, X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]
 def _pullback_full(f: SkewFunction, X: Tensor, kept: Kept, G: Tensor) -> Tensor:
     n, k = X.shape[-2:]
     P = f.pullback(skew(X), kept, G if n == k else pad(G, (0, n - k)))
-    return P[..., :k].tril()
+    return P[..., :k].tril_() if n == k else P[..., :k].tril()
 
 
 # --- n > 2k: a matrix of 2k rows ----------------------------------------------------------------------------------

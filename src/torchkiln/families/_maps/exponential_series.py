@@ -1,0 +1,158 @@
+r"""How to evaluate the exponential of a skew-Hermitian matrix: from a bound of its norm, scaling and coefficients.
+
+On :math:`[-r, r]`, with :math:`J_k` the Bessel functions and :math:`T_k` the Chebyshev polynomials (DLMF 10.12.2-3),
+
+.. math:: \cos t = J_0(r) + 2 \sum_{k > 0} (-1)^k J_{2k}(r)\, T_{2k}(t/r), \qquad
+    \sin t = 2 \sum_{k \geq 0} (-1)^k J_{2k+1}(r)\, T_{2k+1}(t/r)
+
+The series are cut off behind :math:`T_{10}` and :math:`T_9`. With :math:`B = A^2 = -t^2` they are C = c(B) and
+S = A s(B), and are evaluated as
+
+.. math:: W = (B^2 + a B)^2, \quad
+    C + S = (W + x_2 B^2 + x_1 B + x A)(y_2 B^2 + y_1 B + y A + y_0) + z_2 B^2 + z_1 B + z A + z_0
+
+By that c is of degree 6, and its last coefficient is free. It is the opposite of that of :math:`T_{12}`: with the right
+one, or none, x y would be large, and x A times y A cancel digits against :math:`z_1 B`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Series", "plan", "spectral_bound"]
+
+
+class Series(NamedTuple):
+    """Coefficients, in the order of I, A, B and B^2; ``sine`` and ``cosine`` are those of s and c by powers of B."""
+
+    a: float
+    first: tuple[float, float, float, float]
+    second: tuple[float, float, float, float]
+    rest: tuple[float, float, float, float]
+    sine: tuple[float, ...]
+    cosine: tuple[float, ...]
+
+
+def plan(bound: float, A: Tensor) -> tuple[int, Series]:
+    """Return s, and the series for matrices of the size and dtype of ``A`` whose norm is at most ``bound`` / 2^s."""
+    largest = _radius(A.shape[-1], A.dtype)
+    if not 0 < bound < math.inf:
+        return 0, _series(largest)
+    steps = max(0, math.ceil(math.log2(bound / largest)))
+    # By steps of the eighth root of 2, so that few series are ever computed.
+    smaller = math.floor(8 * math.log2(largest * 2**steps / bound))
+    return steps, _series(largest / 2 ** (min(smaller, 24) / 8))
+
+
+@lru_cache(maxsize=256)
+def _radius(n: int, dtype: torch.dtype) -> float:
+    """Return the radius on which what the series leave out is less than products of n x n matrices round off."""
+    tolerance = torch.finfo(dtype).eps * min(n / 12, math.sqrt(n)) / 5
+    # By the next term of the sine, which is at most 2 (r/2)^11 / 11!.
+    return 2 * math.pow(tolerance * math.factorial(11) / 2, 1 / 11)
+
+
+@lru_cache(maxsize=256)
+def _series(r: float) -> Series:
+    c = _in_squares([_bessel(0, r), *(_term(k, r) for k in range(2, 11, 2)), -_term(12, r)], r, start=0)
+    s = _in_squares([_term(k, r) for k in range(1, 10, 2)], r, start=1)
+    a = s[3] / (2 * s[4])
+    y, y2 = s[4], c[6]
+    y1 = c[5] - 2 * a * y2
+    # What is left to choose so that the third coefficients agree.
+    excess = c[3] - 2 * a * c[4] + 4 * a**2 * y1
+    x = (s[2] * (y1 - 2 * a * y2) + s[1] * y2 - y * excess) / (2 * y2 * (y1 - a * y2))
+    square = (s[2] - x * y2) / y
+    x1 = (s[1] - x * y1) / y
+    y0 = c[4] - 2 * a * y1 - square * y2
+    rest = (c[0] - 1, s[0] - x * y0, c[1] - x1 * y0 - x * y, c[2] - square * y0 - x1 * y1)
+    return Series(a, (0, x, x1, square - a**2), (y0, y, y1, y2), rest, tuple(s), tuple(c))
+
+
+def _term(k: int, r: float) -> float:
+    """Return the coefficient of :math:`T_k(t/r)` in cos t (k even) or sin t (k odd), k > 0."""
+    return (-2 if k % 4 > 1 else 2) * _bessel(k, r)
+
+
+def _bessel(order: int, x: float) -> float:
+    terms = (
+        (-1) ** m * (x / 2) ** (2 * m + order) / (math.factorial(m) * math.factorial(m + order))
+        for m in range(16)
+    )
+    return math.fsum(terms)
+
+
+def _in_squares(terms: list[float], r: float, *, start: int) -> list[float]:
+    """Return a sum of :math:`T_k(t/r)`, k from ``start`` by steps of 2, over t^start, by the powers of :math:`-t^2`."""
+    powers = [0.0] * len(terms)
+    for index, term in enumerate(terms):
+        k = start + 2 * index
+        for j in range(index + 1):
+            powers[j] += term * _chebyshev(k, start + 2 * j)
+    return [(-1) ** j * power / r ** (start + 2 * j) for j, power in enumerate(powers)]
+
+
+def _chebyshev(k: int, power: int) -> float:
+    """Return the coefficient of a power in :math:`T_k` (DLMF 18.5.11)."""
+    if k == 0:
+        return 1
+    m = (k - power) // 2
+    ways = math.factorial(k - m - 1) / (math.factorial(m) * math.factorial(power))
+    return math.copysign(k / 2 * ways * 2.0**power, 1 - 2 * (m % 2))
+
+
+# --- a bound of the norm ------------------------------------------------------------------------------------------
+
+
+def spectral_bound(A: Tensor, B: Tensor, B2: Tensor) -> float:
+    r"""Return a bound of the norm of a skew-Hermitian A, or of a batch of them, from :math:`B = A^2` and :math:`B^2`.
+
+    Let :math:`x = |\lambda|^2` and :math:`v = (1, x, x^2)` for the eigenvalues of A, and H the sum of all
+    :math:`v v^T`, which products of A, B and B^2 give. As :math:`m\, v v^T \leq H` for an eigenvalue of m copies,
+    :math:`v^T H^{-1} v \leq 1/m` (the Christoffel function). m is 2 for real matrices, whose eigenvalues come in pairs.
+    """
+    flat = [X.flatten(-2) for X in (A, B, B2)]
+    vecdot = torch.linalg.vecdot
+    moments = [vecdot(X, X).real for X in flat]
+    moments.insert(2, -vecdot(flat[1], flat[2]).real)
+    n, copies = A.shape[-1], 1 if A.is_complex() else 2
+    rows = torch.stack(moments, -1).view(-1, 4).tolist()
+    return math.sqrt(max(_largest_square(n, *row, copies=copies) for row in rows))
+
+
+def _largest_square(n: int, m1: float, m2: float, m3: float, m4: float, *, copies: int) -> float:
+    top = math.sqrt(math.sqrt(m4 / copies))  # a bound as well, and the unit of x
+    if not 0 < top < math.inf:
+        return m1 / copies
+    ridge = 1e-5 * n  # more than the moments are rounded by; it makes the bound larger
+    a, b, c, d, e = n + ridge, m1 / top, m2 / top**2, m3 / top**3, m4 / top**4 + ridge
+    # H = (a, b, c; b, c + ridge, d; c, d, e) by its adjugate, and what is not positive for an eigenvalue.
+    g = c + ridge
+    A, B, C = g * e - d * d, c * d - b * e, b * d - c * g
+    polynomial = (
+        a * g - b * b,
+        2 * (b * c - a * d),
+        2 * C + a * e - c * c,
+        2 * B,
+        A - (a * A + b * B + c * C) / copies,
+    )
+    return top * _largest_root(polynomial)
+
+
+def _largest_root(polynomial: tuple[float, ...]) -> float:
+    """Return a little more than the largest root below 1: beyond it the polynomial is convex, and 1 a bound of it."""
+    x = 1.0
+    for _ in range(8):
+        value = slope = 0.0
+        for coefficient in polynomial:
+            slope = slope * x + value
+            value = value * x + coefficient
+        if value <= 0 or slope <= 0:
+            break
+        x -= value / slope
+    return x
