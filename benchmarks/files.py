@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,16 +32,26 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 @dataclass
-class _Job:
-    """One way to make the plain file, run in a process of its own so that its peak memory is its own."""
+class Job:
+    """One way to make a plain file of another, run in a process of its own so that its peak memory is its own."""
 
-    folder: Path
+    source: Path
     way: str
 
+    @property
+    def target(self) -> Path:
+        """The file that it makes, beside its source."""
+        return self.source.with_name(f"{self.way}.safetensors")
+
+    def remove(self) -> None:
+        """Remove what it made."""
+        self.target.unlink(missing_ok=True)
+        shutil.rmtree(self.target.with_suffix(""), ignore_errors=True)
+
     def sample(self, _settings: Settings) -> Sample:
-        target = self.folder / f"{self.way}.safetensors"
-        target.unlink(missing_ok=True)
-        arguments = (self.way, _source(self.folder), target, torch.get_num_threads())
+        """Make the file, and say how long that took in what memory."""
+        self.remove()
+        arguments = (self.way, self.source, self.target, torch.get_num_threads())
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks._file_job", *map(str, arguments)],
             cwd=Path(__file__).resolve().parent.parent,
@@ -48,18 +59,15 @@ class _Job:
             text=True,
             check=True,
         )
-        found = json.loads(done.stdout)
+        found = json.loads(done.stdout.splitlines()[-1])
         return Sample(found["seconds"], found["peak_bytes"])
 
 
 def _contenders(folder: Path, megabytes: int, columns: int) -> dict[str, Meter]:
     layers = max(1, round(megabytes * 1e6 / (4 * _ROWS * columns)))
-    write_normed(_source(folder), layers=layers, rows=_ROWS, columns=columns)
-    return {OURS: _Job(folder, "bake"), "torch": _Job(folder, "script"), FLOOR: _Job(folder, "cp")}
-
-
-def _source(folder: Path) -> Path:
-    return folder / "normed.safetensors"
+    source = folder / "normed.safetensors"
+    write_normed(source, layers=layers, rows=_ROWS, columns=columns)
+    return {OURS: Job(source, "bake"), "torch": Job(source, "script"), FLOOR: Job(source, "cp")}
 
 
 def write_normed(path: Path, *, layers: int, rows: int, columns: int) -> None:

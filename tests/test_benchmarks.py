@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.checkpoint.adapters.build import folder as adapter_folder
+from tests.checkpoint.adapters.build import lora, write_base
 
 ROOT = Path(__file__).resolve().parent.parent
 Load = Callable[[str], ModuleType]
@@ -250,12 +254,32 @@ def test_growth_has_a_row_for_each_size(
     growth = load("growth")
     monkeypatch.setattr(growth, "_ROWS", 64)
     monkeypatch.setattr(growth, "_COLUMNS", 64)
-    growth.main(["--sizes", "0.00002", "--blocks", "1"])
-    _, _, row = capsys.readouterr().out.splitlines()
+    growth.main(["--sizes", "0.00002", "--blocks", "1", "--only", "norms"])
+    *_, row, _ = capsys.readouterr().out.splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert (len(cells), cells[0]) == (8, "2e-05")
     assert float(cells[5]) > 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_growth_leaves_out_what_there_is_no_memory_for(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def write(folder: Path, gigabytes: float) -> Path:
+        base = folder / "base" / "model.safetensors"
+        base.parent.mkdir()
+        write_base(base)
+        adapter_folder(folder / "adapter", lora("layers.0.q"))
+        return base
+
+    growth = load("growth")
+    monkeypatch.setattr(growth, "_free_memory", lambda: 0.0)
+    table = dataclasses.replace(growth.TABLES["adapter"], write=write)
+    cells = [cell.strip() for cell in table.row(0.001, tmp_path, blocks=1).strip("|").split("|")]
+    assert [cells[at] for at in (0, 2, 4, 7)] == ["0.001", "-", "-", "-"]
+    assert all(cells[at] != "-" for at in (1, 3, 5, 6))
+    assert [path.name for path in (tmp_path / "base").iterdir()] == ["model.safetensors"]
 
 
 def test_growth_is_recorded_between_its_marks(load: Load, tmp_path: Path) -> None:
