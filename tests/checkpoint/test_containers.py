@@ -13,6 +13,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from tests.checkpoint.cases import same_bits
@@ -229,6 +230,28 @@ def test_chunks_of_several_processes_are_one_tensor(suffix: str, tmp_path: Path)
 def test_chunks_that_overlap_or_leave_a_gap_are_refused(offsets: tuple[int, int], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has chunks that overlap|has a chunk outside of its shape"):
         checkpoint.inspect(chunked(tmp_path, offsets=offsets))
+
+
+@pytest.mark.parametrize("target", ["out.pt", "out.safetensors", "again"])
+@pytest.mark.parametrize("layout", ["shards", "dcp"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_equal_places_in_several_files_are_not_one_tensor(layout: str, target: str, tmp_path: Path) -> None:
+    state = {name: torch.randn(4, 4) for name in "abc"}
+    source = tmp_path / layout
+    source.mkdir()
+    if layout == "dcp":
+        writer = dcp.FileSystemWriter(source, single_file_per_rank=False)
+        dcp.save(state, storage_writer=writer, no_dist=True)
+    else:
+        for name, value in state.items():
+            safetensors.torch.save_file({name: value}, source / f"{name}.safetensors")
+        index = {"weight_map": {name: f"{name}.safetensors" for name in state}}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint.convert(source, tmp_path / target)
+    checkpoint.convert(tmp_path / target, tmp_path / "last.safetensors")
+    read = safetensors.torch.load_file(tmp_path / "last.safetensors")
+    assert all(same_bits(read[name], value) for name, value in state.items())
+    assert checkpoint.verify(source, tmp_path / target).ok
 
 
 # Refused --------------------------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def _all_located(content: Any, extents: Mapping[int, Extent]) -> bool:
     for tensor in _Walk(content).tensors:
         if tensor.layout != torch.strided or tensor.is_quantized or type(tensor) not in (Tensor, Parameter):
             return False
+        if any(number < 0 for number in (*tensor.shape, *tensor.stride())):
+            return False  # which torch refuses as soon as there is memory
         storage = tensor.untyped_storage()
         extent = extents.get(getattr(storage, "_checkpoint_offset", None) or -1)
         if extent is None or storage.nbytes() > extent.length:

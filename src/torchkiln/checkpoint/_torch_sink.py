@@ -104,7 +104,7 @@ class _Pickler(pickle.Pickler):
 
     def _number(self, storage: torch.UntypedStorage) -> str:
         piece = self._content.piece(storage)
-        memory = (piece.offset, piece.length) if isinstance(piece, Extent) else piece.memory
+        memory = (piece.file, piece.offset, piece.length) if isinstance(piece, Extent) else piece.memory
         memory = storage._cdata if memory is None else (type(piece), memory)
         if memory not in self._numbers:
             self._numbers[memory] = str(len(self.storages))
