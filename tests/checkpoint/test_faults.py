@@ -430,3 +430,16 @@ def test_an_index_and_its_shards_agree(keys: list[str], text: str, tmp_path: Pat
     index.write_text(json.dumps({"weight_map": dict.fromkeys(keys, "one.safetensors")}))
     with pytest.raises(CheckpointError, match=text):
         checkpoint.inspect(index)
+
+
+@pytest.mark.parametrize("name", [".storage_alignment", ".Storage_Alignment"])
+def test_an_alignment_of_0_does_not_end_the_process(name: str, tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "in.pt")
+    with zipfile.ZipFile(tmp_path / "in.pt") as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(tmp_path / "in.pt", "w") as archive:
+        for record, data in records.items():
+            there = record == "in/.storage_alignment"
+            archive.writestr(f"in/{name}" if there else record, b"0" if there else data)
+    with pytest.raises(CheckpointError, match=r"in\.pt: truncated or corrupt zip file \(an alignment of 0\)"):
+        checkpoint.inspect(tmp_path / "in.pt")

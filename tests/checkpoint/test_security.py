@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,16 +52,21 @@ def _dcp_metadata(payload: object, path: Path) -> Path:
 
 
 def _dcp_data(payload: object, path: Path) -> Path:
-    torch.save({**STATE, "value": 1}, path.with_name("plain.pt"))
-    checkpoint.convert(path.with_name("plain.pt"), path, container="dcp")
     buffer = io.BytesIO()
     torch.save(payload, buffer)
+    return _with_part(buffer.getvalue(), path)
+
+
+def _with_part(part: bytes, path: Path) -> Path:
+    """Write a distributed checkpoint, one value of which is in a part of any bytes."""
+    torch.save({**STATE, "value": 1}, path.with_name("plain.pt"))
+    checkpoint.convert(path.with_name("plain.pt"), path, container="dcp")
     metadata = pickle.loads((path / ".metadata").read_bytes())
     place = next(one for index, one in metadata.storage_data.items() if index.fqn == "value")
     data = path / "__0_0.distcp"
-    place.offset, place.length = data.stat().st_size, len(buffer.getvalue())
+    place.offset, place.length = data.stat().st_size, len(part)
     with data.open("ab") as file:
-        file.write(buffer.getvalue())
+        file.write(part)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     return path
 
@@ -90,6 +96,17 @@ def test_a_distributed_checkpoint_leads_nowhere_else(name: str, tmp_path: Path) 
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="which is not one in it"):
         checkpoint.inspect(path)
+
+
+def test_a_compressed_part_of_a_distributed_checkpoint_could_be_a_bomb(tmp_path: Path) -> None:
+    torch.save(torch.zeros(2_000_000), tmp_path / "large.pt")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(tmp_path / "large.pt") as archive, zipfile.ZipFile(buffer, "w") as small:
+        for info in archive.infolist():
+            small.writestr(info.filename, archive.read(info), compress_type=zipfile.ZIP_DEFLATED)
+    path = _with_part(buffer.getvalue(), tmp_path / "in")
+    with pytest.raises(CheckpointError, match=r"is compressed, which torch\.save never does"):
+        checkpoint.convert(path, tmp_path / "out.pt")
 
 
 _SPY = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import torch
@@ -11,36 +10,9 @@ from torch import Tensor
 from torchkiln._core.errors import CheckpointError
 from torchkiln.checkpoint._bytes import Extent, nbytes
 from torchkiln.checkpoint._io import Entry
+from torchkiln.checkpoint._torch_archive import read_archive, stream_of
 
 __all__ = ["load_part", "load_value", "locate_part"]
-
-
-class _Part(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, extent: Extent) -> None:
-        self._extent, self._position = extent, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._extent.length}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._extent.length - self._position))
-        self._extent.file.fill(view[:count], self._extent.offset + self._position)
-        self._position += count
-        return count
 
 
 def load_value(extent: Extent, name: str, *, device: str = "cpu") -> Any:
@@ -55,7 +27,8 @@ def load_value(extent: Extent, name: str, *, device: str = "cpu") -> Any:
         CheckpointError: It is damaged, or needs code to load.
     """
     try:
-        return torch.load(io.BufferedReader(_Part(extent)), map_location=device, weights_only=True)
+        read_archive(extent)
+        return torch.load(stream_of(extent), map_location=device, weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # as for any torch file

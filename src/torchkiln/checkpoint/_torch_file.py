@@ -48,7 +48,7 @@ def open_torch(path: Path, *, container: str) -> CheckpointFile:
     """
     file = InputFile(path)
     try:
-        records = read_archive(path, file) if container == "torch zip" else {}
+        records = read_archive(Extent(file, 0, file.size)) if container == "torch zip" else {}
         content, extents = _load(path, records)
         return _TorchFile(path, container, file=file, content=content, extents=extents)
     except BaseException:

@@ -58,7 +58,9 @@ class TorchSink:
             write_archive(out, self._records, advance)
         written = InputFile(path)
         try:
-            found = {name: extent.length for name, extent in read_archive(path, written).items()}
+            found = {
+                name: extent.length for name, extent in read_archive(Extent(written, 0, written.size)).items()
+            }
         finally:
             written.close()
         if found != {name: size for name, size, _ in self._records}:
