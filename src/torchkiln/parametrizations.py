@@ -91,8 +91,10 @@ class _Orthogonal(nn.Module):
         # baked copy are the same to the last bit.
         return (Q.mT if wide else Q).to(X.dtype).contiguous()
 
-    def likeness(self, _original: Tensor) -> Hashable:
-        """Return what has to be equal to be evaluated together, beside the originals."""
+    def likeness(self, original: Tensor) -> Hashable:
+        """Return what has to be equal to be evaluated together, beside the originals; None where it does not pay."""
+        if original.is_cpu and original.numel() > 128 * 128:
+            return None
         base = self._buffers.get("base")
         return self.orthogonal_map, None if base is None else base.dtype
 
@@ -358,8 +360,9 @@ class _SpectralNorm(AdvancingStep):
         return spectral_maps.spectral_normalize(weight, at, self.dim)
 
     def likeness(self, weight: Tensor) -> Hashable:
-        """Return what has to be equal to be evaluated together, beside the weights; None where they cannot be."""
-        plain = weight.ndim > 1 and widen(weight) is weight
+        """Return what has to be equal to be evaluated together, beside the weights; None where it does not pay."""
+        pays = not weight.is_cpu or weight.numel() <= 64 * 64
+        plain = pays and weight.ndim > 1 and widen(weight) is weight
         return (self.dim, self.eps, self.n_power_iterations) if plain else None
 
     @staticmethod

@@ -68,7 +68,7 @@ def test_equal_layers_are_one_call(calls: list[tuple[int, ...]]) -> None:
     with torchkiln.evaluate_together(model):
         model(X)
         model(X)
-    assert calls == [(3, 4, 4), (5, 4), (4, 5)]
+    assert calls == [(3, 4, 4), *[(5, 4), (4, 5)] * 2]
 
 
 def test_an_optimizer_step_is_seen_and_a_backward_pass_frees_the_graph_once(
@@ -125,7 +125,17 @@ def test_other_parametrizations_are_evaluated_as_ever() -> None:
     expected = model(X)
     with torchkiln.evaluate_together(model):
         assert torch.equal(model(X), expected)
-        assert model[0].weight is model[0].weight
+        assert model[0].weight is not model[0].weight
+
+
+def test_what_a_batch_does_not_pay_for_is_evaluated_as_ever(calls: list[tuple[int, ...]]) -> None:
+    large = [orthogonal(nn.Linear(129, 129)) for _ in range(2)]
+    norms = [spectral_norm(nn.Linear(65, 65)) for _ in range(2)]
+    model = nn.Sequential(*large, *norms, orthogonal(nn.Linear(3, 3)))
+    calls.clear()
+    with torchkiln.evaluate_together(model):
+        assert all(layer.weight is not layer.weight for layer in model)
+    assert calls == [(129, 129)] * 4 + [(3, 3)] * 2
 
 
 def test_inference_mode_keeps_its_values(calls: list[tuple[int, ...]]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchkiln._core.proof import Proof
+from torchkiln._core.proof import Graph, Proof
 from torchkiln._core.tracing import is_recorded
 
 __all__ = [
@@ -108,17 +108,20 @@ class Scope(dict[Key, Tensor]):
             found = self.evaluate(key, chain)
         finally:
             self.frame, self.thread = frame, thread
+        graphs: dict[Any, Graph] = {}  # values computed together share one
         # In an export the modes of tracing are part of the frame, so that no entry from outside is used there.
         for other, (owner, value) in () if torch.compiler.is_compiling() else found.items():
             # Taken after the evaluation, which may have advanced the state of a step.
             try:
-                proof = Proof(value, owner, _Forget(self, other))
+                if (node := value.grad_fn) not in graphs:
+                    graphs[node] = Graph(node)
+                proof = Proof(value, owner, graph=graphs[node], forget=_Forget(self, other))
             # No version counter (inference), or no memory of its own (meta, subclasses).
             except (RuntimeError, TypeError):
                 continue
             dict.__setitem__(self, other, value)
             self.proofs[other] = proof
-            self.at_hand.pop(id(owner), None)
+            self.at_hand[id(owner)] = proof
         return found[key][1]
 
     def used(self, key: Key, chain: nn.Module) -> Tensor:

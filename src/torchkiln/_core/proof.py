@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from torchkiln._core.chain import within
 from torchkiln._core.sharded import is_sharded
 
-__all__ = ["Proof"]
+__all__ = ["Graph", "Proof"]
 
 Attributes = dict[str, Any]
 
@@ -51,14 +52,17 @@ _optimizer_steps = _OptimizerSteps()
 register_optimizer_step_post_hook(_optimizer_steps)
 
 
-class _Graph:
-    """Whether a backward pass has gone through the graph behind a value, and so may have freed it."""
+class Graph:
+    """Whether a backward pass has gone through the graph behind values, and so may have freed it.
 
-    def __init__(self, value: Tensor) -> None:
+    Args:
+        node: Their ``grad_fn``. What it refers to must not be the values: no collector would see that cycle.
+    """
+
+    def __init__(self, node: Any) -> None:
         self.spent = False
-        if value.grad_fn is not None:
-            # Which must not refer to the value: no collector would see that cycle.
-            value.grad_fn.register_prehook(self)
+        if node is not None:
+            node.register_prehook(self)
 
     def __call__(self, *_: Any) -> None:
         self.spent = True
@@ -83,37 +87,54 @@ class Proof:
 
     It holds modules by their ``__dict__``, so that the chain itself is held weakly. ``holds`` is what a read in a scope
     costs, and is therefore one flat function.
+
+    Args:
+        value: The value.
+        chain: What it was computed by.
+        graph: The graph behind it.
+        forget: Called when the chain dies.
     """
 
-    __slots__ = ("casts", "chain", "grad", "graph", "kinds", "modules", "step", "tensors", "value", "version")
+    __slots__ = ("casts", "chain", "grad", "graph", "modules", "step", "tensors", "value", "version")
 
     def __init__(
-        self, value: Tensor, chain: nn.Module, forget: Callable[[weakref.ref[nn.Module]], None]
+        self,
+        value: Tensor,
+        chain: nn.Module,
+        *,
+        graph: Graph,
+        forget: Callable[[weakref.ref[nn.Module]], None],
     ) -> None:
         self.value = value
         self.version = value._version  # somebody may write to what a read returned
-        self.graph = _Graph(value)
+        self.graph = graph
         self.chain = weakref.ref(chain, forget)
         self.step = _optimizer_steps.last
         self.tensors: list[TensorState] = []
         self.modules: list[ModuleState] = []
-        for module in chain.modules():
+        for module in within(chain):
             self._collect(module.__dict__)
-        self.kinds = {value.device.type, *(tensor.device.type for _, _, tensor, *_ in self.tensors)}
         self.grad = _grad_enabled()
-        self.casts = _casts(self.kinds) if _autocast_enabled() else None
+        self.casts = self._casts() if _autocast_enabled() else None
 
     def _collect(self, attributes: Attributes) -> None:
-        for place in (attributes["_parameters"], attributes["_buffers"], attributes):
-            self.tensors += [
-                _tensor_state(place, name, tensor)
-                for name, tensor in place.items()
-                if isinstance(tensor, Tensor)
-            ]
-        pick = itemgetter("training", *_PLACES, *(name for name in attributes if name not in _BOOKKEEPING))
+        names = [name for name in attributes if name not in _BOOKKEEPING]
+        places = [attributes[place] for place in _PLACES]
+        for place, among in ((places[0], places[0]), (places[1], places[1]), (attributes, names)):
+            for name in among:
+                if isinstance(tensor := place[name], Tensor):
+                    self.tensors.append(_tensor_state(place, name, tensor))
         # Of the dicts, copies: what is added, exchanged or gone makes them differ.
-        held = {name: attributes[name].copy() for name in _PLACES}
-        self.modules.append((attributes, len(attributes), pick, pick({**attributes, **held})))
+        picked = (attributes["training"], *[place.copy() for place in places], *map(attributes.get, names))
+        self.modules.append((attributes, len(attributes), itemgetter("training", *_PLACES, *names), picked))
+
+    def _casts(self) -> list[Any]:
+        """Return in which dtypes autocast lets operations on these kinds of devices run."""
+        kinds = {tensor.device.type for tensor in (self.value, *[state[2] for state in self.tensors])}
+        kinds = {kind for kind in kinds if torch.amp.is_autocast_available(kind)}
+        return [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)
+        ]
 
     def holds(self, chain: nn.Module) -> bool:
         grad = _grad_enabled()
@@ -123,7 +144,7 @@ class Proof:
             or self.graph.spent
             or self.value._version != self.version
             or self.step is not _optimizer_steps.last
-            or self.casts != (_casts(self.kinds) if _autocast_enabled() else None)
+            or self.casts != (self._casts() if _autocast_enabled() else None)
         ):
             return False
         try:
@@ -149,9 +170,3 @@ def _tensor_state(place: Attributes, name: str, tensor: Tensor) -> TensorState:
     if not tensor.is_set_to(memory):  # it may as well raise
         raise RuntimeError("the memory of this tensor cannot be compared")
     return (place, name, tensor, tensor._version, tensor.requires_grad, tensor.dtype, memory)
-
-
-def _casts(kinds: set[str]) -> list[Any]:
-    """Return in which dtypes autocast lets operations on these kinds of devices run."""
-    kinds = {kind for kind in kinds if torch.amp.is_autocast_available(kind)}
-    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]

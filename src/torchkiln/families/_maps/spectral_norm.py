@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torchkiln.families._maps.precision import full_precision, widen
 __all__ = [
     "Iterate",
     "as_matrix",
+    "before_backward",
     "can_look",
     "divisor",
     "power_iteration",
@@ -169,12 +171,17 @@ def _divide_large(W: Tensor, at: Iterate, dim: int) -> Tensor:
     sigma = torch.dot(image, v)
     D = sigma if sigma.is_cpu and sigma.item() else _nonzero(sigma)
     result = W / D
-    if (node := result.grad_fn) is not None:
-        # As register_hook() of the result does, at a third of its cost, and leaving no trace on the result.
-        carrier: Any = torch.Tensor()
-        carrier._backward_hooks = {0: partial(_before_division, W, W._version, u, v, D, dim)}
-        node._register_hook_dict(carrier)
+    before_backward(result, partial(_before_division, W, W._version, u, v, D, dim))
     return result
+
+
+def before_backward(result: Tensor, hook: Callable[[Tensor | None], Tensor | None]) -> None:
+    """Let ``hook`` change the gradient of ``result``, as its ``register_hook`` does, at a third of the cost."""
+    node: Any = result.grad_fn
+    if node is not None:
+        carrier: Any = torch.Tensor()  # what a node takes hooks from
+        carrier._backward_hooks = {0: hook}
+        node._register_hook_dict(carrier)
 
 
 def _image(W: Tensor, u: Tensor, dim: int) -> Tensor:
