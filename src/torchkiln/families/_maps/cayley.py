@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchkiln.families._maps.skew import SkewFunction
+from torchkiln.families._maps.skew import SkewFunction, minus_adjoint
 
 __all__ = ["CAYLEY"]
 
@@ -22,11 +22,10 @@ Kept = tuple[Tensor]
 
 def _value(A: Tensor) -> tuple[Tensor, Kept]:
     """Return the Cayley transform of ``A``, which is also what the other functions need."""
-    if A.shape[-1] <= _LEAF or A.device.type != "cpu" or _is_large(A):
+    if A.device.type != "cpu" or _is_large(A):
         Q: Tensor = torch.linalg.solve_ex(_plus_identity(A, -0.5), _plus_identity(A, 0.5))[0]
     else:
-        # As I + A N, which has no more rounding than A is large.
-        Q = _plus_identity(A @ _inverse_by_halves(_plus_identity(A, -0.5)), 1)
+        Q = _plus_identity(_inverse_minus_one(A * -0.5), 2)
     return Q, (Q,)
 
 
@@ -45,8 +44,7 @@ def _plus_identity(A: Tensor, factor: float) -> Tensor:
 def _pullback(_A: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
     """Return twice the skew-Hermitian part of the adjoint derivative of the transform applied to ``G``."""
     N = _half_plus_identity(kept[0]).mH
-    H = N @ G @ N
-    return H - H.mH
+    return minus_adjoint(N @ G @ N)
 
 
 def _quotient(_A: Tensor, kept: Sequence[Tensor], k: int) -> Tensor:
@@ -60,26 +58,40 @@ def _half_plus_identity(Q: Tensor) -> Tensor:
     return N
 
 
-# Matrices up to this size are inverted by LAPACK, larger ones by halves: products are faster.
+# Matrices up to this size are inverted by factors, larger ones by halves: products are faster.
 _LEAF = 64
 
 
-def _inverse_by_halves(M: Tensor) -> Tensor:
-    """Return the inverse of a matrix whose Hermitian part is positive: so are its halves and Schur complements."""
-    n = M.shape[-1]
+def _inverse_minus_one(X: Tensor) -> Tensor:
+    r"""Return :math:`(I + X)^{-1} - I`, which rounds no more than X is large.
+
+    The Hermitian part of I + X is positive; so are those of its halves and Schur complements.
+    """
+    n = X.shape[-1]
     if n <= _LEAF:
-        return torch.linalg.inv_ex(M)[0]  # type: ignore[no-any-return]  # torch's
+        return _by_factors(X)
     h = n // 2
-    a = _inverse_by_halves(M[..., :h, :h])
-    right, left = a @ M[..., :h, h:], M[..., h:, :h] @ a
-    d = _inverse_by_halves(M[..., h:, h:] - M[..., h:, :h] @ right)
-    inverse = torch.empty_like(M)
-    lower = d @ left
-    inverse[..., h:, h:] = d
-    inverse[..., h:, :h] = -lower
-    inverse[..., :h, h:] = -(right @ d)
-    inverse[..., :h, :h] = a + right @ lower
-    return inverse
+    a = _inverse_minus_one(X[..., :h, :h])
+    right = X[..., :h, h:] + a @ X[..., :h, h:]
+    left = X[..., h:, :h] + X[..., h:, :h] @ a
+    d = _inverse_minus_one(X[..., h:, h:] - X[..., h:, :h] @ right)
+    result = torch.empty_like(X)
+    result[..., h:, h:] = d
+    lower = torch.matmul(d, left, out=result[..., h:, :h]).add_(left)
+    torch.matmul(right, lower, out=result[..., :h, :h]).add_(a)
+    torch.matmul(right, d, out=result[..., :h, h:]).add_(right).neg_()
+    lower.neg_()
+    return result
+
+
+def _by_factors(X: Tensor) -> Tensor:
+    """Return :math:`-X U^{-1} L^{-1} P^T`: solving from the right takes LAPACK half as long as from the left."""
+    factors, pivots, _ = torch.linalg.lu_factor_ex(_plus_identity(X, 1))
+    P = torch.lu_unpack(factors, pivots, unpack_data=False)[0]
+    solved = torch.linalg.solve_triangular(factors, X, upper=True, left=False)
+    solved = torch.linalg.solve_triangular(factors, solved, upper=False, left=False, unitriangular=True)
+    result: Tensor = solved @ -P.mT
+    return result
 
 
 # --- by differentiable operations ---------------------------------------------------------------------------------
@@ -104,4 +116,5 @@ CAYLEY = SkewFunction(
     plain=_plain,
     plain_quotient=_plain_quotient,
     kept_like=lambda A: (torch.empty_like(A),),
+    small=32,
 )

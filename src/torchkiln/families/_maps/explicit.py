@@ -5,6 +5,7 @@ product of a cotangent and the derivative), and a *plain* form, made of operatio
 
 =========================  =====================================================================
 eager, reverse mode        value and pullback, as a ``torch.autograd.Function``
+small matrices             the plain form, where its few operations take less than a Function's call
 second derivatives         the plain form, differentiated twice
 forward mode, torch.func   the plain form
 ``torch.compile``          value and pullback, as operators that the compiler does not look into
@@ -44,6 +45,7 @@ class ExplicitMap:
         pullback: Returns the gradient by X, from X, what was kept, and the gradient by the value.
         plain: Returns the value alone, by differentiable operations.
         kept_like: Returns tensors of the shapes of what ``value`` keeps, the value in the place of an empty one.
+        is_small: Returns whether the plain form is quicker for X.
     """
 
     def __init__(
@@ -54,15 +56,17 @@ class ExplicitMap:
         pullback: Callable[[Tensor, Kept, Tensor], Tensor],
         plain: Callable[[Tensor], Tensor],
         kept_like: Callable[[Tensor], tuple[Tensor, ...]] = lambda _X: (),
+        is_small: Callable[[Tensor], bool] = lambda _X: False,
     ) -> None:
         self.value = value
         self.pullback = pullback
         self.plain = plain
+        self.is_small = is_small
         self._operator = _operators(name, self, kept_like)
 
     def __call__(self, X: Tensor) -> Tensor:
         """Return the value of the map at ``X``."""
-        if X.numel() == 0:
+        if X.numel() == 0 or self.is_small(X):
             return self.plain(X)
         if torch.compiler.is_compiling():
             result: Tensor = self.plain(X) if torch.compiler.is_exporting() else self._operator(X)[0]

@@ -43,6 +43,7 @@ class SkewFunction(NamedTuple):
         plain: Returns f(A) by differentiable operations.
         plain_quotient: Returns (f(M) - I) M^-1 B for any square M, by differentiable operations.
         kept_like: Returns tensors like those that ``value`` keeps for A.
+        small: Up to how many rows of A ``plain`` is quicker than ``value`` and ``pullback``.
     """
 
     value: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]
@@ -51,6 +52,7 @@ class SkewFunction(NamedTuple):
     plain: Callable[[Tensor], Tensor]
     plain_quotient: Callable[[Tensor, Tensor], Tensor]
     kept_like: Callable[[Tensor], tuple[Tensor, ...]]
+    small: int = 0
 
 
 def skew(X: Tensor) -> Tensor:
@@ -110,7 +112,12 @@ def explicit_map(name: str, f: SkewFunction) -> ExplicitMap:
         A = X.new_empty(*X.shape[:-2], 2 * k, 2 * k)
         return X.new_empty(*X.shape[:-2], n - k, k), A, *f.kept_like(A)
 
-    return ExplicitMap(name, value=value, pullback=pullback, plain=plain, kept_like=kept_like)
+    def is_small(X: Tensor) -> bool:
+        return X.shape[-2] <= f.small and not _is_thin(X)
+
+    return ExplicitMap(
+        name, value=value, pullback=pullback, plain=plain, kept_like=kept_like, is_small=is_small
+    )
 
 
 def _is_thin(X: Tensor) -> bool:
