@@ -99,7 +99,7 @@ def _by_factors(X: Tensor) -> Tensor:
 
 def _plain(A: Tensor) -> Tensor:
     I = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)  # noqa: E741  # the identity's name
-    Q: Tensor = torch.linalg.solve(I - A / 2, I + A / 2)
+    Q: Tensor = torch.linalg.solve(torch.add(I, A, alpha=-0.5), torch.add(I, A, alpha=0.5))
     return Q
 
 

@@ -103,7 +103,10 @@ def explicit_map(name: str, f: SkewFunction) -> ExplicitMap:
         return of(f, X.flatten(0, -3), flat, G.flatten(0, -3)).reshape(X.shape)
 
     def plain(X: Tensor) -> Tensor:
-        return _plain_thin(f, X) if _is_thin(X) else f.plain(skew(X))[..., : X.shape[-1]]
+        if _is_thin(X):
+            return _plain_thin(f, X)
+        n, k = X.shape[-2:]
+        return f.plain(skew(X)) if n == k else f.plain(skew(X))[..., :k]
 
     def kept_like(X: Tensor) -> tuple[Tensor, ...]:
         n, k = X.shape[-2:]
