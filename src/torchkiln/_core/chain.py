@@ -24,6 +24,7 @@ __all__ = [
     "enabled_steps",
     "is_parametrized",
     "original_names",
+    "parametrizations_of",
     "register_tensor",
     "set_data",
     "steps_of",
@@ -83,16 +84,16 @@ class ParametrizationList(nn.ModuleList):
         if len(modules) == 0:
             raise ParametrizationError("ParametrizationList requires one or more modules.")
         super().__init__(modules)
-        self.__dict__["__module__"] = TORCHS_MODULE
-        # Set, though the class has it: torch.compile tells an attribute of the instance from one of the class.
-        self._disabled_steps = ()
-        self.unsafe = unsafe
+        # Past nn.Module.__setattr__, which looks for tensors and modules. _disabled_steps is set, though the class has
+        # it: torch.compile tells an attribute of the instance from one of the class.
+        attributes: dict[str, Any] = {"__module__": TORCHS_MODULE, "_disabled_steps": (), "unsafe": unsafe}
+        self.__dict__.update(attributes)
         if is_sharded(original):
             self._placements = placements_of(original)
         with torch.no_grad():
             inverse = initial_inverse(modules, original)
-        self.is_tensor = isinstance(inverse, Tensor)
-        self.ntensors = 1 if isinstance(inverse, Tensor) else len(inverse)
+        is_tensor = isinstance(inverse, Tensor)
+        self.__dict__.update(is_tensor=is_tensor, ntensors=1 if is_tensor else len(inverse))
         if isinstance(inverse, Tensor):
             heading = "When `right_inverse` outputs one tensor, it may not change the {}."
             check_alike(
@@ -288,22 +289,28 @@ def is_parametrized(module: nn.Module, tensor_name: str | None = None) -> bool:
         >>> parametrize.is_parametrized(layer, "weight"), parametrize.is_parametrized(layer, "bias")
         (True, False)
     """
-    modules: object = module.__dict__.get("_modules")
-    chains: object = modules.get("parametrizations") if type(modules) is dict else None
-    if chains is None and _may_have(module):
-        chains = getattr(module, "parametrizations", None)
+    chains = parametrizations_of(module)
     if not isinstance(chains, nn.ModuleDict):
         return False
     return bool(chains._modules) if tensor_name is None else tensor_name in chains._modules
 
 
-def _may_have(module: nn.Module) -> bool:
-    """Return whether ``module`` may have an attribute ``parametrizations`` that is no submodule of it.
+def parametrizations_of(module: nn.Module) -> object:
+    """Return ``getattr(module, "parametrizations", None)``.
 
-    A wrapper shows those of what it wraps. To ask ``nn.Module`` itself for what is not there takes a microsecond.
+    To ask ``nn.Module`` for what is not there takes a microsecond, so that is done for wrappers alone, and for scripted
+    modules, which keep theirs elsewhere.
     """
-    cls = type(module)
-    return cls.__getattr__ is not _MODULE_GETATTR or hasattr(cls, "parametrizations")
+    attributes, cls = module.__dict__, type(module)
+    modules: object = attributes.get("_modules")
+    if type(modules) is dict:
+        if (found := modules.get("parametrizations")) is not None:
+            return found
+        places = (attributes, attributes["_parameters"], attributes["_buffers"])
+        in_class = cls.__getattr__ is not _MODULE_GETATTR or hasattr(cls, "parametrizations")
+        if not in_class and not any("parametrizations" in place for place in places):
+            return None
+    return getattr(module, "parametrizations", None)
 
 
 def chains_of(module: nn.Module) -> dict[str, Any]:

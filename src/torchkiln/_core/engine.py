@@ -42,6 +42,7 @@ class _Hook:
 
 
 _hook = _Hook()
+_available = dist.is_available()
 
 
 def attach(engine: Engine) -> None:
@@ -83,7 +84,7 @@ def spread(modules: Iterable[nn.Module]) -> None:
 
 
 def _engine_in_use() -> Engine | None:
-    return _hook.engine if dist.is_available() and dist.is_initialized() else None
+    return _hook.engine if _available and dist.is_initialized() else None
 
 
 def versions(chain: nn.Module) -> tuple[Any, ...] | None:

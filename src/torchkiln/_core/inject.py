@@ -95,7 +95,9 @@ class _TensorProperty(property):
 def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """Return the one class that extends ``base`` by computed properties for ``names``."""
     names = tuple(sorted(names))
-    known = _classes.setdefault(base, weakref.WeakValueDictionary())
+    known = _classes.get(base)
+    if known is None:
+        known = _classes[base] = weakref.WeakValueDictionary()
     cls = known.get(names)
     if cls is None:
         cls = known[names] = _new_class(base, names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -166,23 +165,24 @@ def _is_shared(value: Tensor, chain: nn.Module) -> bool:
     return storage.data_ptr() in pointers or storage.nbytes() != value.numel() * value.element_size()
 
 
-def leaf_originals(chain: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors the chain starts from; where an original is parametrized, those that it starts from."""
+def leaf_originals(chain: nn.Module) -> list[Tensor]:
+    """Return the tensors the chain starts from; where an original is parametrized, those that it starts from."""
+    leaves: list[Tensor] = []
     for name in original_names(chain):
-        inner = chain_of(chain, name)
-        if inner is not None:
-            yield from leaf_originals(inner)
+        original: object = chain._parameters.get(name)
+        if original is None and (inner := chain_of(chain, name)) is not None:
+            leaves += leaf_originals(inner)
             continue
-        original = chain._parameters.get(name)
         if original is None:  # a buffer, or an opaque object
             original = getattr(chain, name)
         if isinstance(original, Tensor):
-            yield original
+            leaves.append(original)
+    return leaves
 
 
 def surviving_original(chain: nn.Module) -> Tensor | None:
     """Return the one tensor that the chain starts from, or None where it starts from several."""
-    leaves = list(leaf_originals(chain))
+    leaves = leaf_originals(chain)
     return leaves[0] if len(leaves) == 1 else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchkiln._core.chain import parametrizations_of
 from torchkiln._core.errors import ParametrizationError
 from torchkiln._core.inject import base_class
 
@@ -18,7 +19,7 @@ def check_request(module: nn.Module, name: str, step: object) -> None:
             f"{type(module).__name__}.{name}: a parametrization must be an nn.Module, got {type(step).__name__}.\n"
             "Put the function into the forward() of one."
         )
-    taken = hasattr(module, "parametrizations") and base_class(type(module)) is None
+    taken = parametrizations_of(module) is not None and base_class(type(module)) is None
     if taken:
         raise ParametrizationError(
             f"{type(module).__name__} has an attribute 'parametrizations' of its own, the name under which the chains "

@@ -98,7 +98,7 @@ def received(chain: Any, index: int) -> Tensor:
 
 def stand_in(chain: Any, value: Tensor) -> Tensor:
     """Return a copy of ``value`` that is a parameter or buffer, and trains, as the originals of ``chain`` do."""
-    leaves = list(leaf_originals(chain))
+    leaves = leaf_originals(chain)
     trains = any(leaf.requires_grad for leaf in leaves)
     value = value.detach().clone()
     if any(isinstance(leaf, nn.Parameter) for leaf in leaves):

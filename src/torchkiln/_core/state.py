@@ -9,7 +9,7 @@ when the owner's forward ends, or when the mode changes. See ``README.md`` besid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -170,7 +170,7 @@ def follow_forward(module: nn.Module, step: nn.Module) -> None:
 
 def unfollow_forward(module: nn.Module) -> None:
     """Undo :func:`follow_forward` once no step of ``module`` advances."""
-    if not any(True for _ in _advancing_steps(module)):
+    if module._forward_hooks and not any(True for _ in _advancing_steps(module)):
         for key, hook in list(module._forward_hooks.items()):
             if hook is _commit_after_forward:
                 del module._forward_hooks[key]
@@ -196,7 +196,7 @@ def frozen(chain: nn.Module) -> Iterator[None]:
 
     Steps that advance are put into eval mode for the time of the context; all others run in the mode they are in.
     """
-    advancing = [step for step in within(chain) if step.training and advances_state(step)]
+    advancing = _to_freeze(chain)
     for step in advancing:
         step.training = False
     try:
@@ -206,7 +206,11 @@ def frozen(chain: nn.Module) -> Iterator[None]:
             step.training = True
 
 
+def _to_freeze(chain: nn.Module) -> list[nn.Module]:
+    return [step for step in within(chain) if step.training and advances_state(step)]
+
+
 def value_at_rest(chain: nn.Module) -> Tensor:
     """Return what the last read of ``chain`` returned, changing nothing."""
-    with frozen(chain):
+    with frozen(chain) if _to_freeze(chain) else nullcontext():
         return chain()  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
