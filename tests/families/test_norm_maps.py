@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from torchkiln.families._maps import norms, spectral_norm
+from torchkiln.families._maps import norms, scale, spectral_norm
 from torchkiln.families._maps.spectral_norm import Iterate
 
 
@@ -203,3 +203,25 @@ def test_spectral_normalize_rounds_once(dtype):
 def test_as_matrix_keeps_the_order_of_the_other_dimensions():
     W = torch.arange(24).view(2, 3, 4)
     assert spectral_norm.as_matrix(W, 2)[1].tolist() == W[:, :, 1].flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims", "radius"),
+    [((4, 3), (-1,), 1.0), ((4, 3), (0, 1), 2.5), ((2, 3, 4), (1, 2), 3.0), ((3,), (), 2.0)],
+)
+def test_the_explicit_gradient_on_a_sphere_is_the_derivative(shape, dims, radius):
+    X, G = free(shape).requires_grad_(), free(shape)
+    value = scale.onto_sphere(X, radius, dims)
+    plain = scale.rescale(X, scale.norm(X, dims), to=radius, dims=dims)
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(torch.autograd.grad(value, X, G), torch.autograd.grad(plain, X, G))
+    assert gradcheck(lambda X: scale.onto_sphere(X, radius, dims), X)
+    assert gradgradcheck(lambda X: scale.onto_sphere(X, radius, dims), X)
+
+
+def test_a_sphere_keeps_the_gradient_of_zeros_beside_others():
+    X = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
+    value = scale.onto_sphere(X, 5.0, (-1,))
+    torch.testing.assert_close(value, torch.tensor([[3.0, 4.0], [5.0 / 2**0.5] * 2]))
+    (gradient,) = torch.autograd.grad(value, X, torch.tensor([[4.0, -3.0], [1.0, 1.0]]))
+    torch.testing.assert_close(gradient, torch.tensor([[4.0, -3.0], [5.0, 5.0]]))

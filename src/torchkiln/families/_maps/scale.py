@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from torchkiln.families._maps.gradients import correct_gradient
 from torchkiln.families._maps.linear import remove_mean
+from torchkiln.families._maps.norms import has_kernel
 
 __all__ = [
     "inputs",
@@ -18,6 +21,9 @@ __all__ = [
     "spectral",
     "standardize",
 ]
+
+
+_REAL = frozenset((torch.float32, torch.float64))
 
 
 def inputs(W: Tensor) -> tuple[int, ...]:
@@ -48,7 +54,11 @@ def rescale(X: Tensor, size: Tensor, *, to: float, dims: tuple[int, ...]) -> Ten
 
 def _is_zero(size: Tensor) -> Tensor:
     """Say of norms whether their square is no normal number: adding 1 to these makes divisors of them."""
-    return size < float(torch.finfo(size.dtype).tiny ** 0.5)
+    return size < _least(size.dtype)
+
+
+def _least(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).tiny ** 0.5)
 
 
 def _root_of_count(X: Tensor, dims: tuple[int, ...]) -> float:
@@ -64,7 +74,23 @@ def onto_sphere(X: Tensor, radius: float, dims: tuple[int, ...]) -> Tensor:
         tensor([[6.0000, 8.0000],
                 [7.0711, 7.0711]])
     """
-    return rescale(X, norm(X, dims), to=radius, dims=dims)
+    if not (X.is_cpu and X.dtype in _REAL and has_kernel(X)):
+        return rescale(X, norm(X, dims), to=radius, dims=dims)
+    size = norm(X.detach(), dims)
+    if not size.min().item() >= _least(size.dtype):
+        return rescale(X, norm(X, dims), to=radius, dims=dims)
+    result = X / (size if radius == 1 else size / radius)
+    correct_gradient(result, X, partial(_tangent, X, size, dims))
+    return result
+
+
+def _tangent(X: Tensor, size: Tensor, dims: tuple[int, ...], G: Tensor) -> Tensor:
+    """Return of ``G`` what is tangent to the sphere through ``X``, whose radius is ``size``."""
+    if torch.is_grad_enabled():  # to be differentiated once more, and the size is no constant then
+        constant, size = size, norm(X, dims)
+        G = G * (constant / size)
+    along = X * G if not dims else (X * G).sum(dims, keepdim=True)
+    return torch.addcmul(G, X, along / size.square(), value=-1)
 
 
 def standardize(X: Tensor, deviation: float, dims: tuple[int, ...]) -> Tensor:

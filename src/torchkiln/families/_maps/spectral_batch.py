@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from torchkiln.families._maps.gradients import correct_gradient
 from torchkiln.families._maps.norms import has_kernel
-from torchkiln.families._maps.spectral_norm import before_backward
 
 __all__ = ["iterate", "normalize"]
 
@@ -27,7 +27,7 @@ def normalize(M: Tensor, u: Tensor, v: Tensor) -> Tensor:
         return M / _divisor(M, u, v)[:, None, None]
     D = _divisor(M.detach(), u, v)
     result = M / D[:, None, None]
-    before_backward(result, partial(_before_division, M, u, v, D))
+    correct_gradient(result, M, partial(_before_division, M, u, v, D))
     return result
 
 
@@ -41,10 +41,8 @@ def _image(M: Tensor, x: Tensor) -> Tensor:
     return (x[:, None] @ M.mT)[:, 0]
 
 
-def _before_division(M: Tensor, u: Tensor, v: Tensor, D: Tensor, G: Tensor | None) -> Tensor | None:
+def _before_division(M: Tensor, u: Tensor, v: Tensor, D: Tensor, G: Tensor) -> Tensor:
     r"""Return the gradient that, divided by D, is the whole one: :math:`G - \langle M, G \rangle / D\; u v^H`."""
-    if G is None:
-        return None
     if torch.is_grad_enabled():  # to be differentiated once more, and the divisor is no constant then
         constant, D = D, _divisor(M, u, v)
         G = G * (constant / D)[:, None, None]

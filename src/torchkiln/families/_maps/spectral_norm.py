@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchkiln._core.sharded import beside, is_sharded, whole
-from torchkiln._core.tracing import is_recorded
+from torchkiln.families._maps.gradients import correct_gradient
 from torchkiln.families._maps.norms import has_kernel
 from torchkiln.families._maps.precision import full_precision, widen
 
 __all__ = [
     "Iterate",
     "as_matrix",
-    "before_backward",
     "can_look",
     "divisor",
     "power_iteration",
@@ -171,17 +169,8 @@ def _divide_large(W: Tensor, at: Iterate, dim: int) -> Tensor:
     sigma = torch.dot(image, v)
     D = sigma if sigma.is_cpu and sigma.item() else _nonzero(sigma)
     result = W / D
-    before_backward(result, partial(_before_division, W, W._version, u, v, D, dim))
+    correct_gradient(result, W, partial(_before_division, W, u, v, D, dim))
     return result
-
-
-def before_backward(result: Tensor, hook: Callable[[Tensor | None], Tensor | None]) -> None:
-    """Let ``hook`` change the gradient of ``result``, as its ``register_hook`` does, at a third of the cost."""
-    node: Any = result.grad_fn
-    if node is not None:
-        carrier: Any = torch.Tensor()  # what a node takes hooks from
-        carrier._backward_hooks = {0: hook}
-        node._register_hook_dict(carrier)
 
 
 def _image(W: Tensor, u: Tensor, dim: int) -> Tensor:
@@ -213,17 +202,8 @@ def _nonzero(norm: Tensor) -> Tensor:
     return norm if can_look(norm) and norm.item() else torch.where(norm == 0, 1, norm)
 
 
-def _before_division(
-    W: Tensor, version: int, u: Tensor, v: Tensor, D: Tensor, dim: int, G: Tensor | None
-) -> Tensor | None:
+def _before_division(W: Tensor, u: Tensor, v: Tensor, D: Tensor, dim: int, G: Tensor) -> Tensor:
     r"""Return the gradient that, divided by D, is the whole one: :math:`G - \langle W, G \rangle / D\; u v^H`."""
-    if G is None:
-        return None
-    if not is_recorded() and W._version != version:
-        raise RuntimeError(
-            "The original of a spectral norm was modified by an inplace operation after it was used, and before the "
-            f"backward pass: it is at version {W._version}, expected {version}."
-        )
     if torch.is_grad_enabled():  # to be differentiated once more, and the divisor is no constant then
         constant, D = D, _nonzero(torch.dot(_image(W, u, dim), v))
         G = G * (constant / D)
