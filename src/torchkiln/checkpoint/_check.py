@@ -1,13 +1,12 @@
 """Whether a computed tensor is what its definition says, for the price of reading it twice.
 
-The formulas here are not those that made the tensor. They run over blocks that stay in the processor's cache, and so
-need no memory to speak of, for the usual cases; whatever else there is, is computed whole in float64.
+It is compared a block at a time. What it is compared with is computed so too, by other formulas than those that made
+it, for the usual cases; whatever else there is, is computed whole in float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from torchkiln._core.errors import CheckpointError
 from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.evaluate import Evaluation
+from torchkiln.checkpoint._again import Expected, expected, slices
 from torchkiln.checkpoint._blocks import block_by_block
 from torchkiln.checkpoint._scan import Found
 
@@ -34,8 +34,6 @@ __all__ = [
 _ROUNDINGS = 256
 _BLOCK = 1 << 17
 
-Expected = Callable[[slice], Tensor]
-
 
 @torch.no_grad()
 @block_by_block()
@@ -50,9 +48,9 @@ def check(found: Found, value: Tensor, evaluation: Evaluation) -> None:
     Raises:
         CheckpointError: It differs by more than rounding explains. That is a fault of the machine or of torchkiln.
     """
-    stored = found.item.entry.dtype
-    expected = None if evaluation.warnings else _expected(found, evaluation)
-    if expected is not None and _relative(value, expected) <= tolerance(stored, folded=True):
+    precision = _least_precise(found.item.entry.dtype, value.dtype)
+    exact = None if evaluation.warnings else expected(found, value, evaluation)
+    if exact is not None and _relative(value, exact) <= tolerance(precision, folded=True):
         return
     # Not a case for blocks, or values that are not finite, which are equal where they are the same.
     _compare(found, value, found.exact(found.item).tensor)
@@ -111,7 +109,7 @@ def check_merged(name: str, value: Tensor, exact: Expected, *, source: Tensor) -
         CheckpointError: It does not.
     """
     largest = scale = 0.0
-    for block in _blocks(value) if value.numel() else ():
+    for block in slices(value) if value.numel() else ():
         other = exact(block)
         if overflows(value[block], other):
             return
@@ -122,18 +120,18 @@ def check_merged(name: str, value: Tensor, exact: Expected, *, source: Tensor) -
 
 
 @torch.no_grad()
-def check_merged_block(name: str, value: Tensor, expected: Tensor, *, source: Tensor, scale: float) -> None:
+def check_merged_block(name: str, value: Tensor, other: Tensor, *, source: Tensor, scale: float) -> None:
     """Raise as :func:`check_merged` does, for some rows.
 
     Args:
         name: The tensor, for messages.
         value: The rows, as they are to be written.
-        expected: They, computed anew; it is overwritten.
+        other: They, computed anew; it is overwritten.
         source: They, before adapters were merged into them.
         scale: The largest magnitude in `value`.
     """
-    if math.isfinite(scale) or not overflows(value, expected):
-        _judge_merged(name, value, source, magnitude(expected.sub_(value)), scale)
+    if math.isfinite(scale) or not overflows(value, other):
+        _judge_merged(name, value, source, magnitude(other.sub_(value)), scale)
 
 
 def _judge_merged(name: str, value: Tensor, source: Tensor, largest: float, scale: float) -> None:
@@ -160,69 +158,11 @@ def _least_precise(one: torch.dtype, two: torch.dtype) -> torch.dtype:
     return max(floating, key=lambda dtype: torch.finfo(dtype).eps) if len(floating) == 2 else one
 
 
-def _expected(found: Found, evaluation: Evaluation) -> Expected | None:
-    """Return what computes rows of the tensor anew, where one simple rule made it from floats of one dtype."""
-    item = found.item
-    if len(found.parts) != 1 or len(item.steps) != 1 or item.skipped or not item.entry.shape:
-        return None
-    originals = [found.read(key).detach() for key in item.originals]
-    if len({tensor.dtype for tensor in originals}) != 1 or originals[0].dtype not in (
-        torch.float32,
-        torch.float64,
-    ):
-        return None
-    kind = item.steps[0].kind
-    if kind == "weight_norm" and evaluation.dim in (0, None):
-        g, v = originals
-        return _weight_norm(g, v, evaluation.dim)
-    if kind == "spectral_norm" and evaluation.dim == 0:
-        u, v = (found.read(key).detach() for key in item.steps[0].state)
-        return _spectral_norm(originals[0], u, v)
-    return None
-
-
-def _weight_norm(g: Tensor, v: Tensor, dim: int | None) -> Expected:
-    if dim == 0:
-        gains = g.reshape(-1, *[1] * (v.ndim - 1))
-        over = tuple(range(1, v.ndim))
-        wide = v[:1].numel() > _BLOCK
-
-        def rows(block: slice) -> Tensor:
-            part = v[block]
-            norm = _norm(part, over, wide=wide) if over else part.abs()
-            return part * (gains[block] / norm)
-
-        return rows
-    squares = sum(_norm(v[block], None, wide=True).square() for block in _blocks(v))
-    scale = (g.reshape(()).double() / torch.as_tensor(squares).sqrt()).to(v.dtype)
-    return lambda block: v[block] * scale
-
-
-def _norm(part: Tensor, over: tuple[int, ...] | None, *, wide: bool) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(
-        part, dim=over, keepdim=over is not None, dtype=torch.float64 if wide else None
-    )
-    return norm.to(part.dtype) if over is not None else norm
-
-
-def _spectral_norm(W: Tensor, u: Tensor, v: Tensor) -> Expected:
-    u, v = u.double(), v.double()
-    sigma = torch.zeros((), dtype=torch.float64)
-    for block in _blocks(W):
-        sigma += (W[block].flatten(1).double() @ v) @ u[block]
-    return lambda block: W[block] / sigma.to(W.dtype)
-
-
-def _blocks(tensor: Tensor) -> Iterator[slice]:
-    rows = max(1, _BLOCK // max(1, tensor[:1].numel()))
-    return (slice(start, start + rows) for start in range(0, tensor.shape[0], rows))
-
-
-def _relative(value: Tensor, expected: Expected) -> float:
+def _relative(value: Tensor, exact: Expected) -> float:
     """Return the largest difference over the largest magnitude, NaN if there is a NaN."""
     largest = scale = 0.0
-    for block in _blocks(value):
-        mine, other = value[block], expected(block)
+    for block in slices(value):
+        mine, other = value[block], exact(block)
         if mine.numel():
             difference = magnitude(other.sub_(mine))
             largest = difference if math.isnan(difference) else max(largest, difference)
@@ -242,17 +182,24 @@ def magnitude(tensor: Tensor) -> float:
 
 def errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
     """Return the largest difference, and the same over the largest magnitude."""
-    if value.numel() == 0:
-        return 0.0, 0.0
     wide = _widest(value.dtype, exact.dtype)
-    value, exact = value.to(wide), exact.to(wide)
-    # Equal values differ by nothing, infinities and shared NaNs among them.
-    same = (value == exact) | (value.isnan() & exact.isnan())
-    absolute = float(torch.where(same, 0, (value - exact).abs()).max())
-    scale = float(exact.abs().nan_to_num(nan=0.0, posinf=0.0).max())
+    absolute, scale = 0.0, 0.0
+    for a, b in zip(torch.split(value.flatten(), _BLOCK), torch.split(exact.flatten(), _BLOCK), strict=True):
+        difference, largest = _errors(a.to(wide), b.to(wide))
+        absolute = difference if math.isnan(difference) else max(absolute, difference)
+        scale = max(scale, largest)
     if scale == 0:
         return absolute, absolute * math.inf if absolute else 0.0
     return absolute, absolute / scale
+
+
+def _errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
+    if value.numel() == 0:
+        return 0.0, 0.0
+    # Equal values differ by nothing, infinities and shared NaNs among them.
+    same = (value == exact) | (value.isnan() & exact.isnan())
+    difference = torch.where(same, 0, (value - exact).abs())
+    return float(difference.max()), float(exact.abs().nan_to_num(nan=0.0, posinf=0.0).max())
 
 
 def _widest(one: torch.dtype, two: torch.dtype) -> torch.dtype:

@@ -155,7 +155,7 @@ def plan_notes(file: CheckpointFile, plan: Plan, *, dry_run: bool) -> Iterator[N
             "",
             f"dry run: nothing was written. {plan.size:,} bytes of {plan.container} would be: {plan.copied:,} copied, "
             f"{plan.computed:,} computed, in about {max(1, round(plan.size / _RATE))} s at {_RATE / 1e9:g} GB/s "
-            f"and at most {memory:,.0f} MB of memory",
+            f"and about {memory:,.0f} MB of memory",
         )
 
 

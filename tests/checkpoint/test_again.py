@@ -1,0 +1,129 @@
+"""The second formulas: they agree with the definitions, a fault does not pass them, and they need no memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from torchkiln._core.errors import CheckpointError
+from torchkiln._core.spellings.options import Options
+from torchkiln.checkpoint import _again
+from torchkiln.checkpoint._check import check, errors
+from torchkiln.checkpoint._open import open_checkpoint
+from torchkiln.checkpoint._scan import scan
+
+WEIGHT = "layer.parametrizations.weight"
+MEGABYTE = 1_000_000
+
+
+def weight_norm(shape: tuple[int, ...], dim: int | None) -> dict[str, Tensor]:
+    gains = [n if d == dim else 1 for d, n in enumerate(shape)]
+    return {
+        f"{WEIGHT}.original0": torch.rand(gains if dim is not None else []) + 0.5,
+        f"{WEIGHT}.original1": torch.randn(shape),
+    }
+
+
+def spectral_norm(shape: tuple[int, ...], dim: int) -> dict[str, Tensor]:
+    W = torch.randn(shape)
+    rows = W.movedim(dim, 0).flatten(1).shape
+    u, v = (normalize(torch.randn(n), dim=0) for n in rows)
+    return {f"{WEIGHT}.original": W, f"{WEIGHT}.0._u": u, f"{WEIGHT}.0._v": v}
+
+
+CASES = {
+    "weight norm, dim 0": (weight_norm((9, 4, 3), 0), 0),
+    "weight norm, dim 1": (weight_norm((9, 4, 3), 1), 1),
+    "weight norm, dim 2": (weight_norm((9, 4, 3), 2), 2),
+    "weight norm, whole": (weight_norm((9, 4, 3), None), None),
+    "spectral norm, dim 0": (spectral_norm((9, 4, 3), 0), 0),
+    "spectral norm, dim 1": (spectral_norm((9, 4, 3), 1), 1),
+    "spectral norm, dim 1 of a matrix": (spectral_norm((9, 4), 1), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_a_second_formula_agrees_and_finds_a_fault(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_again, "_BLOCK", 24)  # two rows
+    state, dim = CASES[name]
+    safetensors.torch.save_file(
+        {key: one.to(dtype) for key, one in state.items()}, tmp_path / "in.safetensors"
+    )
+    with open_checkpoint(tmp_path / "in.safetensors") as file:
+        (found,) = scan(file, Options(None, {"layer.weight": dim})).found
+        result = found.evaluate(found.item)
+        value = result.tensor.to(dtype)
+        formula = _again.expected(found, value, result)
+        assert formula is not None
+        again = torch.cat([formula(rows) for rows in _again.slices(value)])
+        assert errors(again, found.exact(found.item).tensor)[1] < (1e-12 if dtype == torch.float64 else 1e-5)
+        check(found, value, result)
+        value[5, 2] *= 1.25
+        with pytest.raises(CheckpointError, match="computed twice, with different results"):
+            check(found, value, result)
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(1, True), (1.5, False)])
+def test_one_long_sum_of_squares_may_round(factor: float, passes: bool, tmp_path: Path) -> None:
+    # The model's own norm of so many floats, added up in float32, lacks the last digits, and the file keeps its value.
+    state = weight_norm((4096, 2048), None)
+    safetensors.torch.save_file(state, tmp_path / "in.safetensors")
+    with open_checkpoint(tmp_path / "in.safetensors") as file:
+        (found,) = scan(file, Options()).found
+        result = found.evaluate(found.item)
+        value = result.tensor * factor * (1 + 1e-3)
+        if passes:
+            check(found, value, result)
+        else:
+            with pytest.raises(CheckpointError, match="computed twice, with different results"):
+                check(found, value, result)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from torchkiln import checkpoint
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+
+before = peak()
+checkpoint.bake(sys.argv[1], sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "name", ["weight norm, dim 0", "weight norm, dim 1", "weight norm, whole", "spectral norm"]
+)
+def test_memory_is_that_of_two_tensors_whatever_the_file_has(name: str, tmp_path: Path) -> None:
+    shape, dims = (4096, 3072), {"weight norm, dim 0": 0, "weight norm, dim 1": 1}
+    state: dict[str, Tensor] = {}
+    for index in range(5):
+        one = spectral_norm(shape, 0) if name == "spectral norm" else weight_norm(shape, dims.get(name))
+        state.update({key.replace("layer", f"layer{index}"): tensor for key, tensor in one.items()})
+    safetensors.torch.save_file(state, tmp_path / "in.safetensors")
+    command = [
+        sys.executable,
+        "-c",
+        MEASURE,
+        str(tmp_path / "in.safetensors"),
+        str(tmp_path / "out.safetensors"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    size = 4 * shape[0] * shape[1]
+    # Of each of two tensors what is read and what is made of it. Half of that is more than what is computed by rows.
+    assert int(done.stdout) < (64 * MEGABYTE if name == "weight norm, dim 0" else 4 * size + 64 * MEGABYTE)
