@@ -308,8 +308,8 @@ def test_a_copy_can_rename_and_cast(source: Path, tmp_path: Path) -> None:
     [
         ({"weight_norm": ["*"]}, 'weight_norm: needs to="torch" or to="legacy"'),
         ({"assume": {"*": "identity"}}, 'assume: "\\*" is of no use'),
-        ({"to": "torch", "dtype": torch.float16}, "dtype: do that in a second step"),
-        ({"to": "legacy", "rename": {"a": ""}}, "rename: do that in a second step"),
+        ({"to": "torch", "dtype": torch.float16}, "dtype: not together with a change of spelling"),
+        ({"to": "legacy", "rename": {"a": ""}}, "rename: not together with a change of spelling"),
     ],
 )
 def test_a_copy_refuses_what_it_would_ignore(options: dict[str, Any], text: str, source: Path) -> None:

@@ -140,6 +140,18 @@ def test_inspect_names_a_file_with_a_double_suffix_and_blanks(run: Run, tmp_path
     assert words[-1] == str(tmp_path / "my net.plain.pth.tar")
 
 
+@pytest.mark.parametrize("key", ["a.parametrizations.weight.original", "a.weight_orig"])
+def test_inspect_asks_what_a_lone_original_is(key: str, run: Run) -> None:
+    torch.save(
+        {"model": {key: torch.randn(3, 3), "b.weight_g": torch.ones(3, 1), "b.weight_v": torch.randn(3, 3)}},
+        "in.pt",
+    )
+    words = shlex.split(run("inspect", "in.pt").out.splitlines()[-1].removeprefix("next: "))
+    assert words[-1] == "model.a.weight=MAP"
+    assert run(*words[1:-1], "model.a.weight=identity").status == 0
+    assert set(torch.load("in.plain.pt")["model"]) == {"a.weight", "b.weight"}
+
+
 def test_inspect_asks_for_the_orthogonal_map(run: Run, tmp_path: Path) -> None:
     model = parametrizations.orthogonal(nn.Linear(3, 3), orthogonal_map="cayley")
     torch.save({f"net.3.{key}": value for key, value in model.state_dict().items()}, tmp_path / "net.pt")

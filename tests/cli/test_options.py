@@ -55,7 +55,7 @@ def test_a_dry_run_says_what_it_would_do(run: Run, blocks: Path, tmp_path: Path)
             ["bake", "blocks.pt", "-o", "o", "--max-shard-size", "huge"],
             "expected a size such as 5GB, got 'huge'",
         ),
-        (["bake", "blocks.pt", "-o", "o.pt", "--dtype", "int8"], "'int8' is not one of"),
+        (["bake", "blocks.pt", "-o", "o.pt", "--dtype", "int8"], "for '--dtype': 'int8' is not one of"),
         (
             ["bake", "blocks.pt", "-o", "o.pt", "--include", "c.*"],
             '--include: "c.*" matches no',

@@ -26,26 +26,19 @@ from torchkiln._cli._options import (
     AdapterWeight,
     Assume,
     Dim,
-    DryRun,
-    Dtype,
     Exclude,
     File,
-    Force,
-    Format,
     Include,
     Json,
     KeepGoing,
     Out,
-    Rename,
-    ShardSize,
     Spelling,
     Verify,
     dims_of,
-    dtype_of,
     pairs_of,
-    size_of,
     weighted,
 )
+from torchkiln._cli._writing import Writing, writes
 from torchkiln._core.errors import TorchkilnError, TorchkilnWarning
 
 __all__ = ["run"]
@@ -141,25 +134,19 @@ def inspect(
 
 
 @app.command()
+@writes
 def bake(
     context: typer.Context,
     file: File,
     out: Out,
     adapter: AdapterFolder = None,
     weight: AdapterWeight = None,
-    force: Force = False,
-    assume: Assume = None,
-    dim: Dim = None,
     include: Include = None,
     exclude: Exclude = None,
-    rename: Rename = None,
-    dtype: Dtype = None,
-    format: Format = None,  # noqa: A002  # the option's name
-    max_shard_size: ShardSize = None,
     keep_going: KeepGoing = False,
     verify: Verify = True,
-    dry_run: DryRun = False,
-    json: Json = False,
+    *,
+    writing: Writing,
 ) -> None:
     """Fold FILE's parametrized tensors to plain ones, and merge adapters into it.
 
@@ -184,27 +171,21 @@ def bake(
             file,
             out,
             adapters=weighted(context.obj) if adapter or weight else (),
-            force=force,
-            assume=pairs_of(assume, "--assume", "PATTERN=MAP"),
-            dims=dims_of(dim),
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
-            rename=pairs_of(rename, "--rename", "OLD=NEW"),
-            dtype=dtype_of(dtype),
-            container=format.value if format else None,
-            max_shard_size=size_of(max_shard_size),
             keep_going=keep_going,
             verify=verify,
-            dry_run=dry_run,
             progress=progress,
             group=group,
+            **writing.arguments(),
         )
         first = group is None or group.rank() == 0
     if first:
-        _finish_file(report, out, json=json)
+        _finish_file(report, out, json=writing.json)
 
 
 @app.command()
+@writes
 def convert(
     file: File,
     out: Out,
@@ -219,15 +200,8 @@ def convert(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Put a spectral norm on the plain tensors named so."),
     ] = None,
-    force: Force = False,
-    assume: Assume = None,
-    dim: Dim = None,
-    rename: Rename = None,
-    dtype: Dtype = None,
-    format: Format = None,  # noqa: A002  # the option's name
-    max_shard_size: ShardSize = None,
-    dry_run: DryRun = False,
-    json: Json = False,
+    *,
+    writing: Writing,
 ) -> None:
     """Rewrite FILE in another spelling or another format, or put norms in.
 
@@ -248,19 +222,12 @@ def convert(
             file,
             out,
             to=to.value if to else None,
-            force=force,
             weight_norm=tuple(weight_norm or ()),
             spectral_norm=tuple(spectral_norm or ()),
-            assume=pairs_of(assume, "--assume", "PATTERN=MAP"),
-            dims=dims_of(dim),
-            rename=pairs_of(rename, "--rename", "OLD=NEW"),
-            dtype=dtype_of(dtype),
-            container=format.value if format else None,
-            max_shard_size=size_of(max_shard_size),
-            dry_run=dry_run,
             progress=progress,
+            **writing.arguments(),
         )
-    _finish_file(report, out, json=json)
+    _finish_file(report, out, json=writing.json)
 
 
 @app.command()
@@ -337,9 +304,7 @@ def _next_command(file: Path, report: checkpoint.Inspection) -> str:
         return shlex.join(
             ["torchkiln", "convert", str(file), "--to", "torch", "--weight-norm", "PATTERN", "-o", out]
         )
-    unknown = {
-        _reports.pattern(row.name) for row in report.rows if row.blocked and "orthogonal" in row.spelling
-    }
+    unknown = {_reports.pattern(row.name) for row in report.rows if "assume=" in row.blocked}
     words = ["torchkiln", "bake", str(file), "-o", str(_beside(file, "plain"))]
     for name in sorted(unknown):
         words += ["--assume", f"{name}=MAP"]
@@ -357,6 +322,7 @@ def _refuse_usage(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "torchkiln"
     message = error.format_message()  # type: ignore[attr-defined]  # every ClickException has it
+    message = message.replace("Value error, ", "")  # which is how some versions of typer begin a reason
     if message:
         _console.complain("error", f"{message}\nTry '{command} --help'.")
     return _USAGE

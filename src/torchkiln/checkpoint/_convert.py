@@ -117,7 +117,8 @@ def convert(
         raise CheckpointError(f'to: expected "torch", "legacy" or "plain", got {to!r}.')
     if rename or dtype:
         raise CheckpointError(
-            f"{'rename' if rename else 'dtype'}: do that in a second step, without a spelling."
+            f"{'rename' if rename else 'dtype'}: not together with a change of spelling.\n"
+            "Run convert twice: first for the spelling alone, then for this, on what it wrote."
         )
     with open_checkpoint(source) as file:
         options = Options(assume, dims)
