@@ -9,6 +9,8 @@ import inspect
 import re
 from pathlib import Path
 
+from torch import nn
+
 from torchkiln import families
 from torchkiln._core.base import Parametrization
 from torchkiln.testing import check
@@ -113,7 +115,7 @@ def _entry(family: type[Parametrization], skipped: list[str]) -> str:
 
 
 def _signature(family: type[Parametrization]) -> str:
-    if "__init__" not in vars(family):
+    if family.__init__ is nn.Module.__init__:
         return "()"
     bare = inspect.signature(family).replace(return_annotation=inspect.Signature.empty)
     parameters = [one.replace(annotation=inspect.Parameter.empty) for one in bare.parameters.values()]

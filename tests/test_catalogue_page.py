@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from torchkiln import families
 from torchkiln.testing._catalogue import names
@@ -29,8 +30,8 @@ def test_every_family_has_an_entry() -> None:
 def test_an_entry_has_its_parts(name: str) -> None:
     entry = ENTRIES[name]
     parameters = re.findall(r"^- `(\w+)`: ", entry, re.M)
-    arguments = vars(getattr(families, name)).get("__init__")
-    expected = [] if arguments is None else list(arguments.__annotations__)[:-1]
+    arguments = getattr(families, name).__init__
+    expected = [] if arguments is nn.Module.__init__ else list(arguments.__annotations__)[:-1]
     assert parameters == expected
     assert f"`{name}(" in entry
     assert "*Numerics.* " in entry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import ParametrizationError
 from torchkiln.families._contract import computed, inverted, largest
 from torchkiln.families._definite import PositiveDefinite
-from torchkiln.families._maps.elementwise import POSITIVE
+from torchkiln.families._maps.elementwise import POSITIVE, Map
 from torchkiln.families._orthogonal import SpecialOrthogonal, Stiefel
 
 __all__ = ["PLU", "FixedRank", "Invertible", "LowRank", "SpecialLinear"]
@@ -28,7 +30,41 @@ def _factors(A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return U[..., :rank], S[..., :rank], Vh[..., :rank, :].mH
 
 
-class LowRank(Parametrization):
+def _identity(s: Tensor) -> Tensor:
+    return s
+
+
+class _Factored(Parametrization):
+    """A matrix by the factors of its singular value decomposition, each free in its place."""
+
+    event_dim = 2
+    accepts = "any"
+    _values: ClassVar[tuple[Map, Map]]  # the singular values from the original, and back
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.left, self.right = Stiefel(), Stiefel()
+
+    @computed
+    def forward(self, X: Tensor, s: Tensor, Y: Tensor) -> Tensor:
+        U, V = self.left.forward(X), self.right.forward(Y)
+        return (U * self._values[0](s)[..., None, :]) @ V.mH
+
+    @inverted
+    def right_inverse(self, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _check_rank(self, self.rank, A)
+        U, S, V = _factors(A, self.rank)
+        return self.left.right_inverse(U), self._values[1](S), self.right.right_inverse(V)
+
+    def residual(self, A: Tensor) -> Tensor:
+        return largest(torch.linalg.svdvals(A)[..., self.rank :])
+
+    def _from_normal(self, Z: Tensor) -> Tensor:
+        return Z[..., : self.rank] @ Z[..., : self.rank, :]
+
+
+class LowRank(_Factored):
     r"""Keep the rank of a matrix at most ``rank``.
 
     .. math:: A = U\, \mathrm{diag}(s)\, V^H, \qquad U^H U = V^H V = I
@@ -51,33 +87,10 @@ class LowRank(Parametrization):
         Lezcano-Casado, arXiv:1909.09501.
     """
 
-    event_dim = 2
-    accepts = "any"
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-        self.left, self.right = Stiefel(), Stiefel()
-
-    @computed
-    def forward(self, X: Tensor, s: Tensor, Y: Tensor) -> Tensor:
-        U, V = self.left.forward(X), self.right.forward(Y)
-        return (U * s[..., None, :]) @ V.mH
-
-    @inverted
-    def right_inverse(self, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _check_rank(self, self.rank, A)
-        U, S, V = _factors(A, self.rank)
-        return self.left.right_inverse(U), S, self.right.right_inverse(V)
-
-    def residual(self, A: Tensor) -> Tensor:
-        return largest(torch.linalg.svdvals(A)[..., self.rank :])
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return Z[..., : self.rank] @ Z[..., : self.rank, :]
+    _values = (_identity, _identity)
 
 
-class FixedRank(Parametrization):
+class FixedRank(_Factored):
     r"""Keep the rank of a matrix at exactly ``rank``.
 
     .. math:: A = U\, \mathrm{diag}(\log(1 + e^s))\, V^H, \qquad U^H U = V^H V = I
@@ -98,32 +111,8 @@ class FixedRank(Parametrization):
         Lezcano-Casado, arXiv:1909.09501.
     """
 
-    event_dim = 2
-    accepts = "any"
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-        self.left, self.right = Stiefel(), Stiefel()
-
-    @computed
-    def forward(self, X: Tensor, s: Tensor, Y: Tensor) -> Tensor:
-        U, V = self.left.forward(X), self.right.forward(Y)
-        return (U * POSITIVE["softplus"][0](s)[..., None, :]) @ V.mH
-
-    @inverted
-    def right_inverse(self, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _check_rank(self, self.rank, A)
-        U, S, V = _factors(A, self.rank)
-        return self.left.right_inverse(U), POSITIVE["softplus"][1](S), self.right.right_inverse(V)
-
-    def residual(self, A: Tensor) -> Tensor:
-        values = torch.linalg.svdvals(A)
-        # A distance cannot tell rank r from less: the matrices of lower rank are limits.
-        return largest(values[..., self.rank :])
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return Z[..., : self.rank] @ Z[..., : self.rank, :]
+    # The residual, a distance, cannot tell rank r from less: the matrices of lower rank are limits.
+    _values = POSITIVE["softplus"]
 
 
 class Invertible(Parametrization):

@@ -193,7 +193,42 @@ class Unitary(Parametrization):
         return _haar(Z)
 
 
-class Stiefel(Parametrization):
+class _Frame(Parametrization):
+    """Moves from a base with orthonormal columns, the value that was last set, along a tangent there."""
+
+    event_dim = 2
+    accepts = "any"
+    base: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("base", None)
+
+    @computed
+    def forward(self, X: Tensor) -> Tensor:
+        X, wide = square_or_tall(X)
+        base = frames.first_columns(X) if self.base is None else self.base.to(X.dtype)
+        Q = self._moved(base, X)
+        return Q.mT if wide else Q
+
+    def _moved(self, base: Tensor, X: Tensor) -> Tensor:
+        """Return where ``X`` leads from ``base``."""
+        raise NotImplementedError(type(self).__name__)
+
+    @inverted
+    def right_inverse(self, Q: Tensor) -> Tensor:
+        tall, _ = square_or_tall(Q)
+        self.base = frames.nearest_frame(tall).contiguous()
+        return torch.zeros_like(Q)
+
+    def residual(self, Q: Tensor) -> Tensor:
+        return largest(frames.gram_residual(Q))
+
+    def _from_normal(self, Z: Tensor) -> Tensor:
+        return _haar(Z)
+
+
+class Stiefel(_Frame):
     r"""Keep the columns of a tall matrix orthonormal at the cost of tall matrices: O(n k^2) time, O(n k) memory.
 
     .. math:: Q = (I - W/2)^{-1} (I + W/2)\, B, \qquad W = P X B^H - B X^H P,\ P = I - B B^H / 2
@@ -213,34 +248,11 @@ class Stiefel(Parametrization):
         Wen and Yin, doi:10.1007/s10107-012-0584-1; Li, Fuxin, Todorovic, arXiv:2002.01113.
     """
 
-    event_dim = 2
-    accepts = "any"
-    base: Tensor | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("base", None)
-
-    @computed
-    def forward(self, X: Tensor) -> Tensor:
-        X, wide = square_or_tall(X)
-        Q = frames.retract(frames.first_columns(X) if self.base is None else self.base.to(X.dtype), X)
-        return Q.mT if wide else Q
-
-    @inverted
-    def right_inverse(self, Q: Tensor) -> Tensor:
-        tall, _ = square_or_tall(Q)
-        self.base = frames.nearest_frame(tall).contiguous()
-        return torch.zeros_like(Q)
-
-    def residual(self, Q: Tensor) -> Tensor:
-        return largest(frames.gram_residual(Q))
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return _haar(Z)
+    def _moved(self, base: Tensor, X: Tensor) -> Tensor:
+        return frames.retract(base, X)
 
 
-class Grassmann(Parametrization):
+class Grassmann(_Frame):
     r"""Keep a tall matrix an orthonormal basis of a subspace, and train the subspace alone.
 
     .. math:: Q = (I - W/2)^{-1} (I + W/2)\, B, \qquad W = H B^H - B H^H,\ H = (I - B B^H) X
@@ -261,32 +273,8 @@ class Grassmann(Parametrization):
         Edelman, Arias, Smith, arXiv:physics/9806030.
     """
 
-    event_dim = 2
-    accepts = "any"
-    base: Tensor | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("base", None)
-
-    @computed
-    def forward(self, X: Tensor) -> Tensor:
-        X, wide = square_or_tall(X)
-        base = frames.first_columns(X) if self.base is None else self.base.to(X.dtype)
-        Q = frames.retract(base, frames.horizontal(base, X))
-        return Q.mT if wide else Q
-
-    @inverted
-    def right_inverse(self, Q: Tensor) -> Tensor:
-        tall, _ = square_or_tall(Q)
-        self.base = frames.nearest_frame(tall).contiguous()
-        return torch.zeros_like(Q)
-
-    def residual(self, Q: Tensor) -> Tensor:
-        return largest(frames.gram_residual(Q))
-
-    def _from_normal(self, Z: Tensor) -> Tensor:
-        return _haar(Z)
+    def _moved(self, base: Tensor, X: Tensor) -> Tensor:
+        return frames.retract(base, frames.horizontal(base, X))
 
 
 class AlmostOrthogonal(Parametrization):
