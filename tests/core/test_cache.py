@@ -164,6 +164,29 @@ def test_a_copied_context_takes_no_scope_into_another_thread() -> None:
         assert layer.weight is value
 
 
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.functionalize, torch.func.grad])
+def test_a_value_in_use_is_not_used_within_a_transform(transform: Callable[..., Any]) -> None:
+    layer, calls = counted()
+
+    def run(x: Tensor) -> Tensor:
+        return (layer.weight * x).sum()
+
+    with cached(), torch.no_grad():
+        assert is_kept(layer)
+        transform(run)(torch.ones(3) if transform is torch.func.vmap else torch.ones(()))
+        assert is_kept(layer)
+    assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.* is deprecated:DeprecationWarning")
+def test_a_value_in_use_is_not_traced_as_a_constant() -> None:
+    layer = counted()[0]
+    with cached():
+        assert is_kept(layer)
+        with pytest.raises(RuntimeError, match="Cannot trace a model while caching parametrizations"):
+            torch.jit.trace(layer, torch.ones(1, 3))
+
+
 def test_a_decorator() -> None:
     layer, calls = counted()
 

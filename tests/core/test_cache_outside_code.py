@@ -47,6 +47,19 @@ def test_a_value_in_use_that_is_taken_out_is_computed_again(write: str) -> None:
     assert len(calls) == 2
 
 
+def test_a_value_put_in_while_the_count_is_up_is_read_in_the_place_of_one_in_use() -> None:
+    layer, other = counted()[0], torch.ones(3, 3)
+    with cached():
+        assert is_kept(layer)
+        change_count(+1)
+        try:
+            parametrize._cache[id(layer), "weight"] = other
+            assert layer.weight is other
+        finally:
+            change_count(-1)
+        assert is_kept(layer)
+
+
 def in_a_thread(layer: Any) -> bool:
     seen: list[bool] = []
     thread = threading.Thread(target=lambda: seen.append(is_kept(layer)))
