@@ -170,6 +170,52 @@ def test_files_from_before_torch_1_6(tmp_path: Path) -> None:
     assert list(torch.load(tmp_path / "out.pth")["model"]) == ["weight"]
 
 
+def legacy(content: object, path: Path) -> Path:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def test_legacy_files_are_read_tensor_by_tensor(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    state = {
+        **normed(),
+        "tied": whole,
+        "same": whole,
+        "view": whole[1:, ::2],
+        "empty": torch.empty(0, 3),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "flag": torch.tensor([True, False]),
+        "number": torch.tensor(3, dtype=torch.int64),
+        "parameter": nn.Parameter(torch.ones(2)),
+    }
+    source = legacy({"model": state, "epoch": 3}, tmp_path / "in.pt")
+    report = checkpoint.bake(source, tmp_path / "out.pt")
+    assert not [note for note in report.notes if "into memory" in note.text]
+    read, told = torch.load(tmp_path / "out.pt"), torch.load(source)["model"]
+    assert read["epoch"] == 3
+    assert all(same_bits(read["model"][key], told[key]) for key in state.keys() - normed().keys())
+    assert isinstance(read["model"]["parameter"], nn.Parameter)
+    assert read["model"]["tied"].data_ptr() == read["model"]["same"].data_ptr()
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_files_of_sparse_tensors_are_read_whole(new: bool, tmp_path: Path) -> None:
+    state = {**normed(), "sparse": torch.eye(3).to_sparse()}
+    torch.save(state, tmp_path / "in.pt", _use_new_zipfile_serialization=new)
+    report = checkpoint.bake(tmp_path / "in.pt", tmp_path / "out.pt")
+    checkpoint.inspect(tmp_path / "in.pt", deep=True)
+    assert [note for note in report.notes if note.text.startswith("read whole into memory")]
+    assert torch.equal(torch.load(tmp_path / "out.pt")["sparse"].to_dense(), torch.eye(3))
+
+
+@pytest.mark.parametrize("cut", [1, 50, 200, 400])
+def test_truncated_legacy_files_are_refused(cut: int, tmp_path: Path) -> None:
+    source = legacy({**normed(), "large": torch.randn(100)}, tmp_path / "in.pt")
+    source.write_bytes(source.read_bytes()[:-cut])
+    with pytest.raises(CheckpointError, match=r"in\.pt: truncated or corrupt torch file"):
+        checkpoint.inspect(source)
+
+
 def test_optimizer_state_is_pointed_out(tmp_path: Path) -> None:
     model = nn.utils.weight_norm(nn.Linear(3, 4))
     optimizer = torch.optim.Adam(model.parameters())

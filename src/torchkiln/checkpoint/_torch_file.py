@@ -30,6 +30,7 @@ from torchkiln.checkpoint._io import (
 )
 from torchkiln.checkpoint._safetensors_sink import gathered
 from torchkiln.checkpoint._torch_archive import read_archive
+from torchkiln.checkpoint._torch_legacy import read_legacy
 
 __all__ = ["open_torch"]
 
@@ -41,7 +42,7 @@ def open_torch(path: Path, *, container: str) -> CheckpointFile:
 
     Args:
         path: The file.
-        container: ``"torch zip"``, or ``"torch legacy"`` for files from before torch 1.6, which are read whole.
+        container: ``"torch zip"``, or ``"torch legacy"`` for files as torch wrote them before 1.6.
 
     Raises:
         CheckpointError: The file is damaged, is not from ``torch.save``, or needs code to load.
@@ -49,7 +50,7 @@ def open_torch(path: Path, *, container: str) -> CheckpointFile:
     file = InputFile(path)
     try:
         records = read_archive(Extent(file, 0, file.size)) if container == "torch zip" else {}
-        content, extents = _load(path, records)
+        content, extents = _load(path, records) if container == "torch zip" else _load_legacy(path, file)
         return _TorchFile(path, container, file=file, content=content, extents=extents)
     except BaseException:
         file.close()
@@ -71,6 +72,15 @@ def _load(path: Path, records: Mapping[str, Extent]) -> tuple[Any, dict[int, Ext
         return _torch_load(path, device="cpu"), {}
     except NotImplementedError as error:
         raise CheckpointError(_refusal(path, str(error))) from error
+
+
+def _load_legacy(path: Path, file: InputFile) -> tuple[Any, dict[int, Extent]]:
+    """Return the same of a file from before torch 1.6."""
+    try:
+        content, extents = read_legacy(file)
+    except Exception:  # noqa: BLE001  # damaged, or of some older kind: torch says what it is, or reads it
+        return _load(path, {})
+    return (content, extents) if _all_located(content, extents) else _load(path, {})
 
 
 def _is_native(records: Mapping[str, Extent]) -> bool:
@@ -148,7 +158,7 @@ class _TorchFile(CheckpointFile):
         }
         self.groups = tuple(self._mappings)
         self.loose = tuple(walk.loose)
-        in_memory = container == "torch zip" and not all(tensor.is_meta for tensor in walk.tensors)
+        in_memory = not all(tensor.is_meta for tensor in walk.tensors)
         self.remarks = tuple(_remarks(container, walk, in_memory=in_memory))
 
     def read(self, group: Group, key: str) -> Tensor:
@@ -167,6 +177,8 @@ class _TorchFile(CheckpointFile):
 
     def identity(self, group: Group, key: str) -> Hashable:
         tensor = self._tensors[group][key]
+        if tensor.layout != torch.strided:
+            return id(tensor)  # it has several storages or none
         storage = tensor.untyped_storage()
         where = storage._checkpoint_offset if tensor.is_meta else storage.data_ptr()
         return where, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
