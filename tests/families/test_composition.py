@@ -204,6 +204,7 @@ REFUSED_TENSORS: list[tuple[Parametrization, Tensor, str]] = [
     (families.BlockCirculant(2), torch.zeros(3, 4), "needs sides that 2 divides, got (3, 4)"),
     (families.Butterfly(), torch.zeros(6, 6), "needs sides that are a power of 2, got shape (6, 6)"),
     (families.Toeplitz(), torch.zeros(3, 0), "Toeplitz needs at least one row and column, got (3, 0)"),
+    (families.LowRank(1), torch.zeros(0, 3), "LowRank needs at least one row and column, got (0, 3)"),
     (families.Simplex(), torch.zeros(3, 0), "Simplex needs at least one entry, got shape (3, 0)"),
     (families.Masked(torch.ones(2)), torch.zeros(3), "a mask of shape (2,) does not fit shape (3,)"),
     (

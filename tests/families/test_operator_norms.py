@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -227,6 +228,18 @@ def test_spectral_norm_of_a_matrix(dim: int, dtype: torch.dtype) -> None:
 def test_spectral_norm_of_a_vector_is_its_length() -> None:
     x = families.SpectralNorm().project(torch.tensor([3.0, 4.0]))
     torch.testing.assert_close(x, torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 1}, {"cap": True}, {"dim": 1}], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 3)], ids=str)
+def test_spectral_norm_takes_a_matrix_without_entries(
+    shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.empty(shape))
+    register_parametrization(layer, "weight", families.SpectralNorm(**options))
+    layer.weight.sum().backward()
+    assert layer.weight.shape == layer.eval().weight.shape == shape
 
 
 def test_a_fixed_number_of_steps_is_what_torch_does() -> None:

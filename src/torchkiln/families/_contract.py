@@ -16,6 +16,7 @@ from torchkiln.families._maps.precision import full_precision, widen
 __all__ = [
     "Projection",
     "check_argument",
+    "check_not_empty",
     "check_positive",
     "check_tensor",
     "computed",
@@ -132,6 +133,20 @@ def check_positive(family: object, **arguments: float) -> None:
     for name, value in arguments.items():
         if not value > 0:
             raise ParametrizationError(f"{type(family).__name__} needs {name} > 0, got {value}.")
+
+
+def check_not_empty(family: object, X: Tensor) -> tuple[int, int]:
+    """Return the numbers of rows and columns of the matrices ``X``.
+
+    Raises:
+        ParametrizationError: One of them is 0.
+    """
+    n, m = X.shape[-2:]
+    if not n * m:
+        raise ParametrizationError(
+            f"{type(family).__name__} needs at least one row and column, got {tuple(X.shape)}."
+        )
+    return n, m
 
 
 @torch.no_grad()

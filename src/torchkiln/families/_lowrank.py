@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import ParametrizationError
-from torchkiln.families._contract import computed, inverted, largest
+from torchkiln.families._contract import check_not_empty, computed, inverted, largest
 from torchkiln.families._definite import PositiveDefinite
 from torchkiln.families._maps.elementwise import POSITIVE, Map
 from torchkiln.families._orthogonal import SpecialOrthogonal, Stiefel
@@ -18,10 +18,9 @@ __all__ = ["PLU", "FixedRank", "Invertible", "LowRank", "SpecialLinear"]
 
 
 def _check_rank(family: Parametrization, rank: int, A: Tensor) -> None:
-    if not 0 < rank <= min(A.shape[-2:]):
-        raise ParametrizationError(
-            f"{family}: the rank must be from 1 to {min(A.shape[-2:])} for shape {tuple(A.shape)}."
-        )
+    most = min(check_not_empty(family, A))
+    if not 0 < rank <= most:
+        raise ParametrizationError(f"{family}: the rank must be from 1 to {most} for shape {tuple(A.shape)}.")
 
 
 def _factors(A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

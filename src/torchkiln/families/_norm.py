@@ -257,7 +257,7 @@ class SpectralNorm(_OperatorNorm):
         return as_matrix(W, self.dim % W.ndim) if W.ndim > 1 else W[:, None]
 
     def _domain(self, W: Tensor) -> tuple[int, ...]:
-        return (W.numel() // W.shape[self.dim] if W.ndim > 1 else 1,)
+        return (self._matrix(W).shape[1],)
 
     def _operator(self, W: Tensor) -> Operator:
         M = self._matrix(W)

@@ -10,6 +10,7 @@ from torchkiln._core.errors import ParametrizationError
 from torchkiln.families._contract import (
     Projection,
     check_argument,
+    check_not_empty,
     check_positive,
     computed,
     inverted,
@@ -227,7 +228,7 @@ class Toeplitz(Parametrization):
 
     @inverted
     def right_inverse(self, T: Tensor) -> tuple[Tensor, Tensor]:
-        n, m = _not_empty(self, T)
+        n, m = check_not_empty(self, T)
         means = maps.mean_over(T, maps.toeplitz_pattern(n, m, T.device), groups=n + m - 1)
         return means[..., m - 1 :], means[..., : m - 1].flip(-1)
 
@@ -265,7 +266,7 @@ class Hankel(Parametrization):
 
     @inverted
     def right_inverse(self, H: Tensor) -> tuple[Tensor, Tensor]:
-        n, m = _not_empty(self, H)
+        n, m = check_not_empty(self, H)
         means = maps.mean_over(H, maps.hankel_pattern(n, m, H.device), groups=n + m - 1)
         return means[..., :n], means[..., n:]
 
@@ -372,15 +373,6 @@ class BlockCirculant(Parametrization):
     def _from_normal(self, Z: Tensor) -> Tensor:
         result: Tensor = self.project(Z) * self.block**0.5
         return result
-
-
-def _not_empty(family: Parametrization, X: Tensor) -> tuple[int, int]:
-    n, m = X.shape[-2:]
-    if not n * m:
-        raise ParametrizationError(
-            f"{type(family).__name__} needs at least one row and column, got {tuple(X.shape)}."
-        )
-    return n, m
 
 
 def _embed(d: Tensor, X: Tensor) -> Tensor:
