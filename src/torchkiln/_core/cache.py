@@ -389,7 +389,7 @@ def cached_value(module: nn.Module, name: str, chain: nn.Module) -> Tensor | Non
     scope = _scope.get()
     if (
         # Nearly always there is one scope, in the thread and with nothing of all that a frame tells apart: asked for
-        # here one by one, that costs a third of finding the scope.
+        # here one by one, that costs a third of what it does to look for the scope and the entry.
         scope is not None
         and scope.thread == _thread()
         and (proof := scope.at_hand.get(id(chain))) is not None
