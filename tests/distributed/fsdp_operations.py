@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,16 +19,19 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from distributed.training import (
+    Operation,
     adam,
     assert_same_state,
     batches,
     build,
+    in_each_order,
     loss,
     normed,
     register,
     shard,
     take_out,
     train,
+    trains,
 )
 from parametrize.oracle import Impl
 
@@ -46,38 +48,8 @@ def _sharded(impl: Impl, norm: str, *, after: bool, **options: Any) -> nn.Sequen
     return model
 
 
-def _trains(
-    impl: Impl, norm: str, *, after: bool = False, removes: bool = False, atol: float = 1e-6, **options: Any
-) -> None:
-    expected, model = normed(norm, impl), _sharded(impl, norm, after=after, **options)
-    for one in (expected, model):
-        optimizer = adam(one)
-        train(one, optimizer)
-        if removes:
-            optimizer = take_out(impl, one, optimizer)
-            train(one, optimizer, seed=3)
-    assert_same_state(model, expected, atol=atol)
-    if removes:
-        weight = model[0].weight
-        assert isinstance(weight, DTensor)
-        assert isinstance(weight, nn.Parameter)
-        assert weight.placements == (Shard(0),)
-
-
-def before(impl: Impl, norm: str) -> None:
-    _trains(impl, norm)
-
-
-def after(impl: Impl, norm: str) -> None:
-    _trains(impl, norm, after=True)
-
-
-def removes(impl: Impl, norm: str) -> None:
-    _trains(impl, norm, removes=True)
-
-
-def removes_what_came_after(impl: Impl, norm: str) -> None:
-    _trains(impl, norm, after=True, removes=True)
+def _trains(impl: Impl, norm: str, **options: Any) -> None:
+    trains(impl, norm, make=_sharded, **options)
 
 
 def keeps_gathered(impl: Impl, norm: str) -> None:
@@ -221,11 +193,8 @@ def recurs(impl: Impl, norm: str) -> None:
     assert_same_state(models[1], models[0])
 
 
-OPERATIONS: dict[str, Callable[[Impl, str], None]] = {
-    "register, shard, train": before,
-    "shard, register, train": after,
-    "remove, train on": removes,
-    "shard, register, remove, train on": removes_what_came_after,
+OPERATIONS: dict[str, Operation] = {
+    **in_each_order("shard", _trains),
     "return the original, train on": restores,
     "remove with `reshard_after_forward=False`": keeps_gathered,
     "remove with CPU offload": offloads,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +10,17 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from distributed.sharding import full, line
-from distributed.training import adam, assert_same_state, build, normed, register, take_out, train
+from distributed.training import (
+    Operation,
+    adam,
+    assert_same_state,
+    build,
+    in_each_order,
+    normed,
+    register,
+    train,
+    trains,
+)
 from parametrize.oracle import Impl
 
 __all__ = ["OPERATIONS"]
@@ -25,35 +35,11 @@ def _parallel(impl: Impl, norm: str, *, after: bool) -> nn.Sequential:
     return model
 
 
-def _trains(impl: Impl, norm: str, *, after: bool, removes: bool = False) -> None:
-    expected, model = normed(norm, impl), _parallel(impl, norm, after=after)
-    for one in (expected, model):
-        optimizer = adam(one)
-        train(one, optimizer)
-        if removes:
-            optimizer = take_out(impl, one, optimizer)
-            train(one, optimizer, seed=3)
-    assert_same_state(model, expected)
-    weight = model[0].weight
+def _trains(impl: Impl, norm: str, **options: Any) -> None:
+    weight = trains(impl, norm, make=_parallel, **options)[0].weight
     assert isinstance(weight, DTensor)
     assert weight.placements == (Shard(0),)
-    assert isinstance(weight, nn.Parameter) == removes
-
-
-def before(impl: Impl, norm: str) -> None:
-    _trains(impl, norm, after=False)
-
-
-def after(impl: Impl, norm: str) -> None:
-    _trains(impl, norm, after=True)
-
-
-def removed(impl: Impl, norm: str) -> None:
-    _trains(impl, norm, after=False, removes=True)
-
-
-def removed_after(impl: Impl, norm: str) -> None:
-    _trains(impl, norm, after=True, removes=True)
+    assert isinstance(weight, nn.Parameter) == options.get("removes", False)
 
 
 def assigned(impl: Impl, norm: str) -> None:
@@ -69,10 +55,7 @@ def assigned(impl: Impl, norm: str) -> None:
     assert_same_state(model, expected)
 
 
-OPERATIONS: dict[str, Callable[[Impl, str], None]] = {
-    "register, parallelize, train": before,
-    "parallelize, register, train": after,
-    "register, parallelize, remove, train on": removed,
-    "parallelize, register, remove, train on": removed_after,
+OPERATIONS: dict[str, Operation] = {
+    **in_each_order("parallelize", _trains),
     "assign a value": assigned,
 }

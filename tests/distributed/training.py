@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from parametrize.oracle import OURS, Impl
@@ -94,3 +95,53 @@ def assert_same_state(model: nn.Module, expected: nn.Module, *, atol: float = 1e
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, state)
     assert all(torch.equal(states[0][key], other[key]) for other in states for key in state)
+
+
+def trains(
+    impl: Impl,
+    norm: str,
+    *,
+    make: Callable[..., nn.Sequential],
+    after: bool = False,
+    removes: bool = False,
+    atol: float = 1e-6,
+    **options: Any,
+) -> nn.Sequential:
+    """Train, take the norm out and train on where asked, as on one process; return the distributed model.
+
+    Args:
+        impl: Whose parametrizations.
+        norm: Which one.
+        make: Returns a distributed model, registered before or after it was distributed.
+        after: Which of the two.
+        removes: Whether to take the norm out.
+        atol: How far the two runs may come apart.
+        options: What else `make` takes.
+    """
+    expected, model = normed(norm, impl), make(impl, norm, after=after, **options)
+    for one in (expected, model):
+        optimizer = adam(one)
+        train(one, optimizer)
+        if removes:
+            optimizer = take_out(impl, one, optimizer)
+            train(one, optimizer, seed=3)
+    assert_same_state(model, expected, atol=atol)
+    if removes:
+        weight = model[0].weight
+        assert isinstance(weight, nn.Parameter)
+        assert isinstance(weight, DTensor)
+        assert weight.placements == (Shard(0),)
+    return model
+
+
+Operation = Callable[[Impl, str], None]
+
+
+def in_each_order(verb: str, run: Callable[..., None]) -> dict[str, Operation]:
+    """Return what calls :func:`trains`, with the norm registered before and after ``verb``, taken out or not."""
+    return {
+        f"register, {verb}, train": partial(run),
+        f"{verb}, register, train": partial(run, after=True),
+        f"register, {verb}, remove, train on": partial(run, removes=True),
+        f"{verb}, register, remove, train on": partial(run, after=True, removes=True),
+    }

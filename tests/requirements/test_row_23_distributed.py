@@ -16,13 +16,13 @@ NORMS = pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthog
 @NORMS
 @row(23, "DeepSpeed 1045", torch="a step sees tensors that are sharded in part", raises=RankError)
 def test_23_registering_after_fully_shard(ranks: Ranks, impl: Impl, norm: str) -> None:
-    ranks.run(fsdp_operations.after, impl=impl, norm=norm)
+    ranks.run(fsdp_operations.OPERATIONS["shard, register, train"], impl=impl, norm=norm)
 
 
 @NORMS
 @row(23, "DeepSpeed 1045", torch="the class that FSDP makes has no property to remove", raises=RankError)
 def test_23_removing_under_fully_shard(ranks: Ranks, impl: Impl, norm: str) -> None:
-    ranks.run(fsdp_operations.removes, impl=impl, norm=norm)
+    ranks.run(fsdp_operations.OPERATIONS["register, shard, remove, train on"], impl=impl, norm=norm)
 
 
 @NORMS
