@@ -15,13 +15,23 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import batched, families, files, models, norms, orthogonal, reads, registration
+from benchmarks import (
+    batched,
+    families,
+    files,
+    models,
+    norms,
+    orthogonal,
+    orthogonal_ways,
+    reads,
+    registration,
+)
 from benchmarks._libraries import geotorch
 from benchmarks._machine import machine
 from benchmarks._report import described, record, table, to_json
 from benchmarks._timing import Case, Result, Settings, measure
 
-GROUPS = (reads, registration, orthogonal, batched, families, norms, models, files)
+GROUPS = (reads, registration, orthogonal, orthogonal_ways, batched, families, norms, models, files)
 README = Path(__file__).with_name("README.md")
 
 

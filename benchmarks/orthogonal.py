@@ -38,6 +38,7 @@ _SHAPES = (
     Shape(256, 16),
     Shape(512, 64),
     Shape(1024, 64, geotorch=False),
+    Shape(1024, 64, base=False, geotorch=False),
     Shape(2048, 64, base=False, geotorch=False),
     Shape(4096, 32, base=False, torch=("householder",), geotorch=False),
     Shape(30000, 50, base=False, torch=(), geotorch=False),
@@ -97,7 +98,7 @@ def moved(module: nn.Module) -> nn.Module:
     """Move the free tensors off the point they start from, where the maps would have little to do."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) / parameter.shape[0] ** 0.5)
+            parameter.add_(torch.randn_like(parameter) / parameter.shape[-2:][0] ** 0.5)
     return module
 
 
