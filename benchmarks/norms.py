@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks._libraries import LIBRARIES, Library, each, seeded
-from benchmarks._timing import FLOOR, OURS, Case, Loop, Meter, Settings
+from benchmarks._timing import FLOOR, OURS, Case, Loop, Meter, Sample, Settings
 from torchkiln.families import ConvSpectralNorm
 from torchkiln.parametrize import register_parametrization
 
@@ -32,6 +32,23 @@ _METHODS: dict[str, dict[str, Any]] = {
     "exact": {"method": "exact", "input_size": (_IMAGE, _IMAGE)},
     "bound": {"method": "bound"},
 }
+
+
+class _Way(NamedTuple):
+    """Another way to run a layer than in float32, in eager mode and on the threads that the run is for."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    threads: int | None = None
+    compiled: bool = False
+
+
+_WAYS = (
+    _Way("2 threads", threads=2),
+    _Way("float64", dtype=torch.float64),
+    _Way("bfloat16", dtype=torch.bfloat16),
+    _Way("compiled", compiled=True),
+)
 
 
 def _linear(size: int) -> tuple[nn.Module, Tensor]:
@@ -62,6 +79,7 @@ def cases(settings: Settings) -> Iterator[Case]:
                 for what, run in runs.items():
                     build = partial(_contenders, norm, make, size, run)
                     yield Case(GROUP, f"{norm} {layer} {size}, {what}", _PLAIN, build)
+    yield from _other_ways(settings)
     for method, options in _METHODS.items():
         for size in (4,) if settings.quick else (16, 64):
             for what, run in runs.items():
@@ -69,12 +87,46 @@ def cases(settings: Settings) -> Iterator[Case]:
                 yield Case(GROUP, f"operator norm ({method}) conv2d {size}, {what}", _PLAIN, build)
 
 
-def _contenders(norm: str, make: Make, size: int, run: Run) -> dict[str, Meter]:
-    def normed(library: Library) -> Loop:
-        layer, x = make(size)
-        return run(getattr(library.parametrizations, norm)(layer), x)
+def _other_ways(settings: Settings) -> Iterator[Case]:
+    size, ways = (
+        (16, _WAYS[:-1]) if settings.quick else (256, _WAYS)
+    )  # a compiler is nothing for a quick look
+    for norm in ("weight_norm", "spectral_norm"):
+        for way in ways:
+            build = partial(_contenders, norm, _linear, size, _forward_backward, way)
+            yield Case(GROUP, f"{norm} linear {size}, {way.name}, forward+backward", _PLAIN, build)
 
-    return {**each(normed), FLOOR: seeded(lambda: run(*make(size)))}
+
+def _contenders(norm: str, make: Make, size: int, run: Run, way: _Way | None = None) -> dict[str, Meter]:
+    def normed(library: Library) -> Meter:
+        layer, x = make(size)
+        return _ready(getattr(library.parametrizations, norm)(layer), x, run=run, way=way)
+
+    return {**each(normed), FLOOR: seeded(lambda: _ready(*make(size), run=run, way=way))}
+
+
+def _ready(layer: nn.Module, x: Tensor, *, run: Run, way: _Way | None) -> Meter:
+    if way is None:
+        return run(layer, x)
+    layer, x = layer.to(way.dtype), x.to(way.dtype)
+    if way.compiled:
+        layer.compile()
+    return _InThreads(run(layer, x), way.threads)
+
+
+class _InThreads:
+    """A loop with a number of threads of its own."""
+
+    def __init__(self, loop: Loop, threads: int | None) -> None:
+        self.loop, self.threads = loop, threads
+
+    def sample(self, settings: Settings) -> Sample:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            return self.loop.sample(settings)
+        finally:
+            torch.set_num_threads(before)
 
 
 def _operator(options: dict[str, Any], size: int, run: Run) -> dict[str, Meter]:
