@@ -179,6 +179,15 @@ def test_a_tensor_of_zeros_is_zeros_with_a_warning(norm: str, tmp_path: Path) ->
     assert torch.equal(torch.load(tmp_path / "out.pt")["weight"], W)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_rows_whose_squares_vanish_are_zeros(dim: int, tmp_path: Path) -> None:
+    layer = torchkiln.parametrizations.weight_norm(nn.Linear(6, 4), dim=dim)
+    with torch.no_grad():
+        layer.parametrizations.weight.original1.select(dim, 2).fill_(1e-30)
+    checkpoint.bake(save(layer.state_dict(), tmp_path / "in.pt"), tmp_path / "out.pt")
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt")["weight"], layer.weight.detach())
+
+
 def test_values_that_are_not_finite_stay_so_beside_zeros(tmp_path: Path) -> None:
     v = torch.randn(4, 6)
     v[1, 3], v[2] = torch.nan, 0

@@ -180,12 +180,17 @@ class Evaluator:
         dtype = torch.promote_types(g.dtype, v.dtype)
         rule = fold.exact_weight_norm if self._exact else fold.weight_norm
         result.tensor = rule(g.to(dtype), v.to(dtype), result.dim)
-        if not is_finite(result.tensor):  # as it is after a division by the norm of such a slice
-            self._fill(item.originals[1], v, result)
+        if self._exact or not is_finite(
+            result.tensor
+        ):  # as it is after a division by the norm of such a slice
+            self._fill(item.originals, v, result)
 
-    def _fill(self, key: str, v: Tensor, result: Evaluation) -> None:
+    def _fill(self, originals: Sequence[str], v: Tensor, result: Evaluation) -> None:
         """Put zeros, as the weight norm of torchkiln does, where that of torch divides by zero."""
-        none = fold.directionless(v, result.dim)
+        key, stored = originals[1], [self._group.entries.get(key) for key in originals]
+        dtypes = [fold.compute_dtype(entry.dtype) if entry else v.dtype for entry in stored]
+        # Squares can vanish in the dtype that the norm is computed in, and not in that of the exact one.
+        none = fold.directionless(v.to(torch.promote_types(*dtypes)), result.dim)
         slices = none.flatten().nonzero().flatten().tolist()
         if slices:
             result.tensor = result.tensor.masked_fill(none, 0)
