@@ -141,7 +141,7 @@ def _pullback(A: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
     of_B = _added(of_M * series.a, x1, parts)
     of_B2 = plus_adjoint(_added(of_M, x2, parts))
     _fuse_(of_B, B, of_B2)
-    of_A = _added(torch.zeros_like(A), x, parts)
+    of_A = _added(of_first.mul_(x[0]), x[1:], parts[1:])
     _fuse_(of_A, A, plus_adjoint(of_B), alpha=-1)
     return minus_adjoint(of_A).div_(2**steps)
 

@@ -146,13 +146,12 @@ def _largest_square(n: int, m1: float, m2: float, m3: float, m4: float, *, copie
 
 def _largest_root(polynomial: tuple[float, ...]) -> float:
     """Return a little more than the largest root below 1: beyond it the polynomial is convex, and 1 a bound of it."""
-    x = 1.0
-    for _ in range(8):
+    x, step = 1.0, 1.0
+    while step > 1e-3:
         value = slope = 0.0
         for coefficient in polynomial:
             slope = slope * x + value
             value = value * x + coefficient
-        if value <= 0 or slope <= 0:
-            break
-        x -= value / slope
+        step = value / slope if value > 0 < slope else 0.0
+        x -= step
     return x

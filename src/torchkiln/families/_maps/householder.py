@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.families._maps.explicit import ExplicitMap
+from torchkiln.families._maps.skew import minus_adjoint
 
 __all__ = ["HOUSEHOLDER"]
 
@@ -82,9 +83,8 @@ def _pullback(X: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
 
 
 def _pullback_square(V: Tensor, signs: Tensor, U: Tensor, Q: Tensor, G: Tensor) -> Tensor:
-    N = Q.mT @ G
-    S = N - N.mT.contiguous()  # a large transpose is read in tiles when it is copied
-    P, L, blocks = torch.empty_like(V), N, _blocks(V.shape[-1])
+    S = minus_adjoint(Q.mT @ G)
+    P, L, blocks = torch.empty_like(V), torch.empty_like(V), _blocks(V.shape[-1])
     for i, j in blocks:
         torch.matmul(S[..., i:, i:], U[..., i:, i:j], out=P[..., i:, i:j])
     for i, j in blocks:

@@ -68,19 +68,22 @@ def skew(X: Tensor) -> Tensor:
     return minus_adjoint(L)
 
 
+# From this size on a transpose is copied, which is done in tiles: read across the rows it costs as much as a product.
+_LARGE = 256
+
+
 def minus_adjoint(X: Tensor) -> Tensor:
     """Return :math:`X - X^H`."""
-    return X - _adjoint(X)
+    return X - X.mH if X.shape[-1] < _LARGE else _copied_adjoint(X).neg_().add_(X)
 
 
 def plus_adjoint(X: Tensor) -> Tensor:
     """Return :math:`X + X^H`."""
-    return X + _adjoint(X)
+    return X + X.mH if X.shape[-1] < _LARGE else _copied_adjoint(X).add_(X)
 
 
-def _adjoint(X: Tensor) -> Tensor:
-    # Read across the rows of a large matrix, a transpose costs as much as some products; copying it is done in tiles.
-    return X.mH.contiguous() if X.shape[-1] >= 256 else X.mH
+def _copied_adjoint(X: Tensor) -> Tensor:
+    return X.mH.clone(memory_format=torch.contiguous_format)
 
 
 def explicit_map(name: str, f: SkewFunction) -> ExplicitMap:
