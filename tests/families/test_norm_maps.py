@@ -122,7 +122,8 @@ LARGE = pytest.mark.usefixtures("_every_weight_is_large")
 
 @LARGE
 @pytest.mark.parametrize(
-    ("shape", "dim"), [((4, 3), 0), ((4, 3), 1), ((2, 3, 4), 0), ((2, 3, 4), 1), ((2, 3, 4), 2)]
+    ("shape", "dim"),
+    [((4, 3), 0), ((4, 3), 1), ((4, 4), 1), ((2, 3, 4), 0), ((2, 3, 4), 1), ((2, 3, 4), 2)],
 )
 def test_the_gradient_for_large_weights_is_the_derivative(shape, dim):
     rows = spectral_norm.as_matrix(torch.empty(shape), dim).shape

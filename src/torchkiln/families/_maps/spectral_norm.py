@@ -209,4 +209,4 @@ def _before_division(W: Tensor, u: Tensor, v: Tensor, D: Tensor, dim: int, G: Te
         G = G * (constant / D)
     along = u * (torch.dot(W.reshape(-1), G.reshape(-1)) / -D)
     M = torch.addr(as_matrix(G, dim), along, v)
-    return M if M.shape == W.shape else M.view(W.movedim(dim, 0).shape).movedim(0, dim)
+    return M.view(W.movedim(dim, 0).shape).movedim(0, dim)
