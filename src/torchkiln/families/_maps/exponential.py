@@ -11,6 +11,8 @@ its powers bound its norm well, and s stays small.
 
 **Derivative.** The same products in reverse. Of a cotangent of B only the Hermitian part counts, and of one of A the
 skew one, so that a square costs one product; there are five in all, and two for each of the s squarings.
+
+s and the coefficients are chosen on the host, from a few numbers: on a device it waits for them, in the value alone.
 """
 
 from __future__ import annotations

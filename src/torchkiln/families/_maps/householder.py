@@ -38,7 +38,8 @@ _LONG = 3.0
 def _value(X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return Q, and U with M (or, for a square Q, with Q); of a small one Q alone."""
     n, k = X.shape[-2:]
-    V, signs, squares = _reflectors(X)
+    V, signs = _reflectors(X), _signs(X)
+    squares = _squares(V)
     if _is_small(X):
         return _one_by_one(V, signs, squares), (X.new_empty(0),)
     U, M = _factors(V, signs, squares)
@@ -75,8 +76,8 @@ def _product(V: Tensor, signs: Tensor, U: Tensor) -> Tensor:
 
 
 def _pullback(X: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
-    V, signs, squares = _reflectors(X)
-    U, M = _factors(V, signs, squares) if _is_small(X) else kept
+    V, signs = _reflectors(X), _signs(X)
+    U, M = _factors(V, signs, _squares(V)) if _is_small(X) else kept
     if X.shape[-2] == X.shape[-1]:
         return _pullback_square(V, signs, U, kept[-1], G)
     return _pullback_tall(V, signs, U, M, G)
@@ -139,13 +140,19 @@ def _signs(X: Tensor) -> Tensor:
     return X.detach().diagonal(dim1=-2, dim2=-1).sign().sub_(0.5).sign_()
 
 
-def _reflectors(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return V, the signs, and the squares of the lengths of the vectors."""
+def _reflectors(X: Tensor) -> Tensor:
+    """Return V."""
     V = X.clone(memory_format=torch.contiguous_format).tril_(-1)
-    # The 1 of each column comes last: small squares added to it one by one would be rounded off.
-    squares = (V * V).sum(-2).add_(1)
     V.diagonal(dim1=-2, dim2=-1).fill_(1)
-    return V, _signs(X), squares
+    return V
+
+
+def _squares(V: Tensor) -> Tensor:
+    """Return the squares of the lengths of the vectors."""
+    squares = V * V
+    # The 1 of each column comes last: small squares added to it one by one would be rounded off.
+    squares.diagonal(dim1=-2, dim2=-1).zero_()
+    return squares.sum(-2).add_(1)
 
 
 def _factors(V: Tensor, signs: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
