@@ -174,6 +174,22 @@ def test_spectral_norm_advances_and_divides_as_single_layers_do(
     torch.testing.assert_close(together.state_dict(), alone.state_dict())
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_spectral_norm_has_the_derivatives_of_single_layers(dim: int) -> None:
+    layers = [spectral_norm(nn.Linear(4, 4, dtype=torch.float64), dim=dim).eval() for _ in range(3)]
+    originals = [layer.parametrizations.weight.original for layer in layers]
+
+    def derivatives() -> list[Tensor]:
+        loss = torch.stack([layer.weight.pow(3).sum() for layer in layers]).sum()
+        first = torch.autograd.grad(loss, originals, create_graph=True)
+        penalty = torch.stack([gradient.square().sum() for gradient in first]).sum()
+        return [*first, *torch.autograd.grad(penalty, originals)]
+
+    alone = derivatives()
+    with torchkiln.evaluate_together(nn.Sequential(*layers)):
+        torch.testing.assert_close(derivatives(), alone)
+
+
 def test_spectral_norm_of_zeros_is_zero() -> None:
     layers = [spectral_norm(nn.Linear(4, 4, dtype=torch.float64)) for _ in range(2)]
     nn.init.zeros_(layers[0].parametrizations.weight.original)
