@@ -91,6 +91,12 @@ def test_values_and_gradients_equal_torchs(
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12 * float(gradients[1].abs().max() + 1))
 
 
+@against_torch
+@pytest.mark.parametrize("shape", [(261, 261), (300, 261), (400, 140)], ids=str)
+def test_large_matrices_are_computed_by_blocks(ours: Map, theirs: Map, shape: tuple[int, ...]) -> None:
+    test_values_and_gradients_equal_torchs(ours, theirs, shape, 2)
+
+
 def test_a_batch_of_all_sizes_is_as_accurate_as_its_matrices() -> None:
     X = torch.stack([of_norm((12, 12), norm) for norm in (0.0, 1e-4, 1.0, 300.0)]).requires_grad_()
     Q = maps.exponential(X)
