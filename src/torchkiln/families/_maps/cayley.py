@@ -116,5 +116,5 @@ CAYLEY = SkewFunction(
     plain=_plain,
     plain_quotient=_plain_quotient,
     kept_like=lambda A: (torch.empty_like(A),),
-    small=32,
+    small=48,
 )

@@ -43,7 +43,7 @@ class SkewFunction(NamedTuple):
         plain: Returns f(A) by differentiable operations.
         plain_quotient: Returns (f(M) - I) M^-1 B for any square M, by differentiable operations.
         kept_like: Returns tensors like those that ``value`` keeps for A.
-        small: Up to how many rows of A ``plain`` is quicker than ``value`` and ``pullback``.
+        small: Up to how many rows of a single A ``plain`` is quicker than ``value`` and ``pullback``.
     """
 
     value: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]
@@ -119,7 +119,7 @@ def explicit_map(name: str, f: SkewFunction) -> ExplicitMap:
         return X.new_empty(*X.shape[:-2], n - k, k), A, *f.kept_like(A)
 
     def is_small(X: Tensor) -> bool:
-        return X.shape[-2] <= f.small and not _is_thin(X)
+        return X.ndim == 2 and X.shape[-2] <= f.small and not _is_thin(X)
 
     return ExplicitMap(
         name, value=value, pullback=pullback, plain=plain, kept_like=kept_like, is_small=is_small
