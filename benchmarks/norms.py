@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,8 @@ def _ready(layer: nn.Module, x: Tensor, *, run: Run, way: _Way | None) -> Meter:
         return run(layer, x)
     layer, x = layer.to(way.dtype), x.to(way.dtype)
     if way.compiled:
-        layer.compile()
+        # Not layer.compile(): torch runs its own layers in eager mode then, and compiles what they call alone.
+        layer = cast(nn.Module, torch.compile(layer))
     return _InThreads(run(layer, x), way.threads)
 
 
