@@ -179,18 +179,22 @@ class Evaluator:
         result.dim = self._dim(step, item, result)
         dtype = torch.promote_types(g.dtype, v.dtype)
         rule = fold.exact_weight_norm if self._exact else fold.weight_norm
+        # Before there is the result: of large tensors each copy counts.
+        none = self._directionless(item.originals, v, result.dim) if self._exact else None
         result.tensor = rule(g.to(dtype), v.to(dtype), result.dim)
-        if self._exact or not is_finite(
-            result.tensor
-        ):  # as it is after a division by the norm of such a slice
-            self._fill(item.originals, v, result)
+        if none is None and not is_finite(result.tensor):  # as after a division by the norm of such a slice
+            none = self._directionless(item.originals, v, result.dim)
+        if none is not None:
+            self._fill(item.originals[1], none, result)
 
-    def _fill(self, originals: Sequence[str], v: Tensor, result: Evaluation) -> None:
-        """Put zeros, as the weight norm of torchkiln does, where that of torch divides by zero."""
-        key, stored = originals[1], [self._group.entries.get(key) for key in originals]
+    def _directionless(self, originals: Sequence[str], v: Tensor, dim: int | None) -> Tensor:
+        stored = [self._group.entries.get(key) for key in originals]
         dtypes = [fold.compute_dtype(entry.dtype) if entry else v.dtype for entry in stored]
         # Squares can vanish in the dtype that the norm is computed in, and not in that of the exact one.
-        none = fold.directionless(v.to(torch.promote_types(*dtypes)), result.dim)
+        return fold.directionless(v.to(torch.promote_types(*dtypes)), dim)
+
+    def _fill(self, key: str, none: Tensor, result: Evaluation) -> None:
+        """Put zeros, as the weight norm of torchkiln does, where that of torch divides by zero."""
         slices = none.flatten().nonzero().flatten().tolist()
         if slices:
             result.tensor = result.tensor.masked_fill(none, 0)

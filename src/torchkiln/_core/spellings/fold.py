@@ -110,12 +110,13 @@ def exact_weight_norm(g: Tensor, v: Tensor, dim: int | None) -> Tensor:
     """Return weight norm by its definition, and zeros for slices of zeros."""
     over = [d for d in range(v.ndim) if d != dim]
     norm = torch.linalg.vector_norm(v, dim=over, keepdim=True) if over else v.abs()
-    return g * v / norm.masked_fill(norm == 0, torch.inf)
+    return (g * v).div_(norm.masked_fill(norm == 0, torch.inf))
 
 
 def exact_spectral_norm(W: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
     """Return spectral norm by its definition, and zeros for zeros."""
-    sigma = (u.conj().unsqueeze(1) * matrix(W, dim) * v.unsqueeze(0)).sum()
+    # From the side that spectral_norm() does not take, without another tensor as large as this one.
+    sigma = torch.dot(torch.mv(matrix(W, dim).T, u.conj()), v)
     return W / sigma if W.any() else W
 
 

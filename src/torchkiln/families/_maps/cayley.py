@@ -31,7 +31,7 @@ def _value(A: Tensor) -> tuple[Tensor, Kept]:
 
 def _is_large(A: Tensor) -> bool:
     """Return whether inversion by halves, which exchanges no rows, would lose more digits than LAPACK does."""
-    return bool(torch.linalg.vector_norm(A, dim=(-2, -1)).max() > math.sqrt(2 * A.shape[-1]))
+    return bool(torch.linalg.vector_norm(A, dim=(-2, -1)).max() > math.sqrt(1.2 * A.shape[-1]))
 
 
 def _plus_identity(A: Tensor, factor: float) -> Tensor:

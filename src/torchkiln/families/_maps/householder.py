@@ -32,19 +32,18 @@ __all__ = ["HOUSEHOLDER"]
 
 # LAPACK applies the vectors one by one: quicker up to this many rows, and more exact where one is as long as this.
 _SMALL = 64
-_LONG = 3.0
+_LONG = 1.8
 
 
 def _value(X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return Q, and U with M (or, for a square Q, with Q); of a small one Q alone."""
     n, k = X.shape[-2:]
     V, signs = _reflectors(X), _signs(X)
-    squares = _squares(V)
     if _is_small(X):
-        return _one_by_one(V, signs, squares), (X.new_empty(0),)
-    U, M = _factors(V, signs, squares)
-    long = X.device.type == "cpu" and bool(squares.max() > _LONG**2)
-    Q = _one_by_one(V, signs, squares) if long else _product(V, signs, U)
+        return _one_by_one(V, signs), (X.new_empty(0),)
+    U, M = _factors(V, signs)
+    long = X.device.type == "cpu" and bool(M.diagonal(dim1=-2, dim2=-1).max() > _LONG**2 / 2)
+    Q = _one_by_one(V, signs) if long else _product(V, signs, U)
     return Q, (U, M if n > k else X.new_empty(0))
 
 
@@ -60,8 +59,11 @@ def _kept_like(X: Tensor) -> tuple[Tensor, ...]:
     return U, torch.empty_like(U)
 
 
-def _one_by_one(V: Tensor, signs: Tensor, squares: Tensor) -> Tensor:
-    Q: Tensor = torch.linalg.householder_product(V, 2 / squares)
+def _one_by_one(V: Tensor, signs: Tensor) -> Tensor:
+    squares = V * V
+    # The 1 of each column comes last: small squares added to it one by one would be rounded off.
+    squares.diagonal(dim1=-2, dim2=-1).zero_()
+    Q: Tensor = torch.linalg.householder_product(V, 2 / squares.sum(-2).add_(1))
     return Q.mul_(signs.unsqueeze(-2))
 
 
@@ -77,7 +79,7 @@ def _product(V: Tensor, signs: Tensor, U: Tensor) -> Tensor:
 
 def _pullback(X: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
     V, signs = _reflectors(X), _signs(X)
-    U, M = _factors(V, signs, _squares(V)) if _is_small(X) else kept
+    U, M = _factors(V, signs) if _is_small(X) else kept
     if X.shape[-2] == X.shape[-1]:
         return _pullback_square(V, signs, U, kept[-1], G)
     return _pullback_tall(V, signs, U, M, G)
@@ -147,22 +149,16 @@ def _reflectors(X: Tensor) -> Tensor:
     return V
 
 
-def _squares(V: Tensor) -> Tensor:
-    """Return the squares of the lengths of the vectors."""
-    squares = V * V
-    # The 1 of each column comes last: small squares added to it one by one would be rounded off.
-    squares.diagonal(dim1=-2, dim2=-1).zero_()
-    return squares.sum(-2).add_(1)
-
-
-def _factors(V: Tensor, signs: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(V: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
     """Return U and M; of M what is below the blocks on its diagonal is never read."""
     k = V.shape[-1]
     blocks = _blocks(k)
     M = V.new_zeros(*V.shape[:-2], k, k)
+    # Most of what Q lacks to being orthogonal would come of rounding these sums.
+    wide = V.double() if V.device.type == "cpu" else V
     for i, j in blocks:
-        torch.matmul(V[..., i:, :j].mT, V[..., i:, i:j], out=M[..., :j, i:j])
-    torch.mul(squares, 0.5, out=M.diagonal(dim1=-2, dim2=-1))
+        M[..., :j, i:j] = wide[..., i:, :j].mT @ wide[..., i:, i:j]
+    M.diagonal(dim1=-2, dim2=-1).mul_(0.5)
     U = V[..., :k, :] * -signs.unsqueeze(-1)
     for i, j in reversed(blocks):
         columns = U[..., i:, i:j]
