@@ -108,7 +108,13 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "name",
-    ["weight norm, dim 0", "weight norm, dim 1", "weight norm, whole", "spectral norm", "one after the other"],
+    [
+        "weight norm, dim 0",
+        "weight norm, dim 1",
+        "weight norm, whole",
+        "spectral norm",
+        "one after the other",
+    ],
 )
 def test_memory_is_that_of_two_tensors_whatever_the_file_has(name: str, tmp_path: Path) -> None:
     shape, dims = (4096, 3072), {"weight norm, dim 1": 1, "weight norm, whole": None}

@@ -13,6 +13,7 @@ from torchkiln.checkpoint._atomic import check_target, replacing
 from torchkiln.checkpoint._bytes import Extent, nbytes
 from torchkiln.checkpoint._description import carried
 from torchkiln.checkpoint._io import Change, CheckpointFile, Content, Made, Piece
+from torchkiln.checkpoint._read_back import check_copies, copies
 from torchkiln.checkpoint._report import Note
 from torchkiln.checkpoint._safetensors_sink import SafetensorsSink, flat
 from torchkiln.checkpoint._stream import Advance
@@ -61,6 +62,7 @@ class Plan:
         target: Where.
         directory: Whether that is a directory.
         container: What kind of checkpoint it is.
+        copies: Where the tensors that are copied lie in the source, by their new names.
     """
 
     file: CheckpointFile
@@ -68,6 +70,7 @@ class Plan:
     target: Path
     directory: bool
     container: Container
+    copies: Mapping[str, Extent]
 
     @property
     def size(self) -> int:
@@ -130,6 +133,8 @@ class Plan:
             if team.rank == 0 or self.sink.shared_out:
                 self.sink.write(temporary, advance, team)
             self.file.check_unchanged()
+            if team.rank == 0:
+                check_copies(temporary, self.copies)
             written = temporary.iterdir() if self.directory else [temporary]
             return team.exchange(sum(path.stat().st_size for path in written))[0]
 
@@ -214,6 +219,7 @@ def plan_copy(
         CheckpointError: The content does not fit the container.
     """
     kind, shard_size = chosen_container(target, file, container=container, max_shard_size=max_shard_size)
+    kept = copies(file, changes)  # before the content is taken, which uses the groups up
     content = file.changed(changes)
     return Plan(
         file,
@@ -221,6 +227,7 @@ def plan_copy(
         target,
         kind == "dcp" or shard_size is not None,
         kind,
+        kept,
     )
 
 
