@@ -51,8 +51,9 @@ def bake(
 ) -> FileReport:
     """Write a copy of a checkpoint in which every parametrized tensor is plain.
 
-    The values are those that the model computes with in eval mode, to the bit for float32 and float64; smaller
-    dtypes are computed in float32 and rounded once. The new file appears whole or not at all. It is streamed: in
+    The values are those that the model computes with in eval mode, to the bit for float32 and float64 (orthogonal
+    weights have those of torch's maps, which torchkiln's equal to rounding); smaller dtypes are computed in float32 and
+    rounded once. The new file appears whole or not at all. It is streamed: in
     memory are the tensor being computed and the one being written, however large the file is.
 
     The processes of a ``group`` bake one checkpoint together: each computes and writes its part of a directory, a
