@@ -44,6 +44,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     pool.close()
 
 
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Turn the cyclic collector off for a test: what is freed then is freed by its last reference."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _small_heap() -> None:
     """Take what is there before a module's tests out of the collector's sight.

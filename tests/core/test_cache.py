@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
-import gc
 import threading
 import weakref
 from collections.abc import Callable
@@ -111,45 +110,36 @@ def test_scopes_of_models_close_in_any_order() -> None:
     assert (is_kept(one), is_kept(two)) == (False, False)
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_scope_is_freed_when_it_closes() -> None:
-    gc.disable()
-    try:
-        layer = counted()[0]
-        with cached():
-            layer.weight.sum().backward()
-            scope = weakref.ref(parametrize._cache)
-        with cached():
-            assert scope() is None
-    finally:
-        gc.enable()
+    layer = counted()[0]
+    with cached():
+        layer.weight.sum().backward()
+        scope = weakref.ref(parametrize._cache)
+    with cached():
+        assert scope() is None
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_value_that_is_computed_again_frees_the_one_before() -> None:
-    gc.disable()
-    try:
-        layer = counted()[0]
-        with cached():
-            before = weakref.ref(layer.weight)
-            nn.init.ones_(layer.parametrizations.weight.original)
-            assert before() is not None
-            assert is_kept(layer)
-            assert before() is None
-    finally:
-        gc.enable()
+    layer = counted()[0]
+    with cached():
+        before = weakref.ref(layer.weight)
+        nn.init.ones_(layer.parametrizations.weight.original)
+        assert before() is not None
+        assert is_kept(layer)
+        assert before() is None
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_chain_that_another_took_the_place_of_leaves_no_value() -> None:
-    gc.disable()
-    try:
-        layer = counted()[0]
-        with cached():
-            before = weakref.ref(layer.weight)
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-            counted(layer)
-            assert is_kept(layer)
-            assert before() is None
-    finally:
-        gc.enable()
+    layer = counted()[0]
+    with cached():
+        before = weakref.ref(layer.weight)
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        counted(layer)
+        assert is_kept(layer)
+        assert before() is None
 
 
 def test_a_copied_context_takes_no_scope_into_another_thread() -> None:

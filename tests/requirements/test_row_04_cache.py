@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -410,19 +409,16 @@ def test_04_dead_modules_leave_no_values(impl: Impl) -> None:
     assert wrong == 0
 
 
+@pytest.mark.usefixtures("no_collector")
 @row(4, HERE, torch="the cache and a class of its own hold it")
 def test_04_a_dropped_module_is_freed_with_its_value(impl: Impl) -> None:
-    gc.disable()
-    try:
-        with impl.P.cached():
-            layer = scaled(impl)
-            layer(torch.ones(1, 3)).sum().backward()
-            alive = [weakref.ref(each) for each in (layer, layer.weight, original(layer))]
-            del layer
-            assert [reference() for reference in alive] == [None] * 3
-            assert len(impl.P._cache) == 0
-    finally:
-        gc.enable()
+    with impl.P.cached():
+        layer = scaled(impl)
+        layer(torch.ones(1, 3)).sum().backward()
+        alive = [weakref.ref(each) for each in (layer, layer.weight, original(layer))]
+        del layer
+        assert [reference() for reference in alive] == [None] * 3
+        assert len(impl.P._cache) == 0
 
 
 @row(4, HERE)

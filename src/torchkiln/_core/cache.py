@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 # Looked up once: each read in a scope calls them.
-_thread = get_ident
 _is_traced = torch._C._is_tracing
 _transform_level = torch._C._functorch.maybe_current_level
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -391,7 +390,7 @@ def cached_value(module: nn.Module, name: str, chain: nn.Module) -> Tensor | Non
         # Nearly always there is one scope, in the thread and with nothing of all that a frame tells apart: asked for
         # here one by one, that costs a third of what it does to look for the scope and the entry.
         scope is not None
-        and scope.thread == _thread()
+        and scope.thread == get_ident()
         and (proof := scope.at_hand.get(id(chain))) is not None
         and _transform_level() is None
         and not _dispatch_modes()

@@ -23,6 +23,7 @@ __all__ = [
     "copy_settings",
     "enabled_steps",
     "is_parametrized",
+    "is_unhooked",
     "original_names",
     "parametrizations_of",
     "register_tensor",
@@ -136,7 +137,7 @@ class ParametrizationList(nn.ModuleList):
     def __call__(self) -> Tensor:
         """Compute the tensor; hooks on the chain run as on any module."""
         # torch.fx patches nn.Module.__call__ while it traces.
-        plain = nn.Module.__call__ is _MODULE_CALL and _is_unhooked(self.__dict__)
+        plain = nn.Module.__call__ is _MODULE_CALL and is_unhooked(self.__dict__)
         return self.forward() if plain else super().__call__()
 
     def forward(self) -> Tensor:
@@ -335,11 +336,12 @@ _NUMBERED = tuple(f"original{index}" for index in range(8))  # made once: every 
 
 def _to_call(step: Any) -> Callable[..., Any]:
     """Return what to call for ``step``: its forward where that is all there is, for nn.Module.__call__ costs more."""
-    plain = type(step).__call__ is _MODULE_CALL and _is_unhooked(step.__dict__)
+    plain = type(step).__call__ is _MODULE_CALL and is_unhooked(step.__dict__)
     return step.forward if plain else step  # type: ignore[no-any-return]  # a step may be any module
 
 
-def _is_unhooked(attributes: dict[str, Any]) -> bool:
+def is_unhooked(attributes: dict[str, Any]) -> bool:
+    """Return whether calling the module with these attributes does nothing but to call its forward."""
     return not (
         attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]

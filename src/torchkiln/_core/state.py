@@ -9,7 +9,7 @@ when the owner's forward ends, or when the mode changes. See ``README.md`` besid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -196,7 +196,7 @@ def frozen(chain: nn.Module) -> Iterator[None]:
 
     Steps that advance are put into eval mode for the time of the context; all others run in the mode they are in.
     """
-    advancing = _to_freeze(chain)
+    advancing = [step for step in within(chain) if step.training and advances_state(step)]
     for step in advancing:
         step.training = False
     try:
@@ -206,11 +206,7 @@ def frozen(chain: nn.Module) -> Iterator[None]:
             step.training = True
 
 
-def _to_freeze(chain: nn.Module) -> list[nn.Module]:
-    return [step for step in within(chain) if step.training and advances_state(step)]
-
-
 def value_at_rest(chain: nn.Module) -> Tensor:
     """Return what the last read of ``chain`` returned, changing nothing."""
-    with frozen(chain) if _to_freeze(chain) else nullcontext():
+    with frozen(chain):
         return chain()  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln._core.cache import Key, Scope, entered
-from torchkiln._core.chain import ParametrizationList, chains_of, is_parametrized
+from torchkiln._core.chain import ParametrizationList, chains_of, is_parametrized, is_unhooked
 
 __all__ = ["evaluate_together"]
 
@@ -87,8 +87,7 @@ def _kind(chain: nn.Module) -> Hashable:
         or "1" in chain._modules
         or chain._disabled_steps
         or not hasattr(type(step), "likeness")
-        or _is_hooked(chain)
-        or _is_hooked(step)
+        or not (is_unhooked(chain.__dict__) and is_unhooked(step.__dict__))
         # Its tensors are kept for one forward of their owner.
         or "_is_fsdp_managed_module" in chain.__dict__
     ):
@@ -99,16 +98,6 @@ def _kind(chain: nn.Module) -> Hashable:
     return (
         *(type(step), likeness, step.training, original.requires_grad),
         *(original.shape, original.dtype, original.device),
-    )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
     )
 
 

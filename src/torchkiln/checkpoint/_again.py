@@ -14,7 +14,7 @@ from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.evaluate import Evaluation
 from torchkiln.checkpoint._scan import Found
 
-__all__ = ["Expected", "expected", "slices"]
+__all__ = ["Expected", "expected", "row_scales", "slices"]
 
 _BLOCK = 1 << 17
 # How many partial sums torch keeps, at the least, where it sums up a whole tensor.
@@ -58,7 +58,12 @@ def _weight_norm(g: Tensor, v: Tensor, value: Tensor, dim: int | None) -> Expect
     dtype = torch.promote_types(fold.compute_dtype(g.dtype), fold.compute_dtype(v.dtype))
     if dim == 0:
         gains = g.reshape(-1, *[1] * (v.ndim - 1)).to(dtype)
-        return lambda rows: _normed_rows(gains[rows], v[rows].to(dtype))
+
+        def normed(rows: slice) -> Tensor:
+            part = v[rows].to(dtype)
+            return part * row_scales(gains[rows], part)
+
+        return normed
     over = [d for d in range(v.ndim) if d != dim]
     squares = torch.zeros([1 if d in over else n for d, n in enumerate(v.shape)], dtype=torch.float64)
     for rows in slices(v):
@@ -70,12 +75,13 @@ def _weight_norm(g: Tensor, v: Tensor, value: Tensor, dim: int | None) -> Expect
     return lambda rows: v[rows].to(dtype) * scale
 
 
-def _normed_rows(g: Tensor, v: Tensor) -> Tensor:
+def row_scales(g: Tensor, v: Tensor) -> Tensor:
+    """Return what rows of v are multiplied by to have the lengths g: 0 for rows of zeros. Both are of one dtype."""
     over = list(range(1, v.ndim))
     # A long sum in float32 loses digits; the accumulator of the kernel that made the value is its own.
     wide = torch.float64 if v[:1].numel() > _BLOCK else None
     norm = torch.linalg.vector_norm(v, dim=over, keepdim=True, dtype=wide).to(v.dtype) if over else v.abs()
-    return v * (g / norm.masked_fill(norm == 0, torch.inf))
+    return g / norm.masked_fill(norm == 0, torch.inf)
 
 
 def _as_summed(scale: Tensor, v: Tensor, value: Tensor, squares: Tensor) -> Tensor:

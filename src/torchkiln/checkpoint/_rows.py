@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._core.spellings import fold
+from torchkiln.checkpoint._again import row_scales
 from torchkiln.checkpoint._bytes import Extent, Reading, as_bytes
 from torchkiln.checkpoint._io import Entry
 from torchkiln.checkpoint._scan import Found
@@ -23,7 +24,6 @@ __all__ = ["Rowwise", "folding", "rows_of"]
 
 # A third of the second-level cache: there are the input, the output and what is between them.
 _BLOCK_BYTES = 1 << 20
-_LONG_SUM = 1 << 17
 
 Rule = Callable[..., Tensor]
 
@@ -129,8 +129,4 @@ def _filled(W: Tensor, _: Tensor, v: Tensor) -> Tensor:
 def _off_normed(value: Tensor, g: Tensor, v: Tensor) -> Tensor:
     dtype = torch.promote_types(fold.compute_dtype(g.dtype), fold.compute_dtype(v.dtype))
     g, v = g.to(dtype), v.to(dtype)
-    over = list(range(1, v.ndim))
-    # A long sum in float32 loses digits; the accumulator of the kernel above is its own.
-    wide = torch.float64 if v[:1].numel() > _LONG_SUM else None
-    norm = torch.linalg.vector_norm(v, dim=over, keepdim=True, dtype=wide).to(dtype) if over else v.abs()
-    return torch.addcmul(value.to(dtype), v, g / norm.masked_fill(norm == 0, torch.inf), value=-1)
+    return torch.addcmul(value.to(dtype), v, row_scales(g, v), value=-1)

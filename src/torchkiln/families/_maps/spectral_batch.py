@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchkiln.families._maps.gradients import correct_gradient
 from torchkiln.families._maps.norms import has_kernel
+from torchkiln.families._maps.spectral_norm import unit
 
 __all__ = ["iterate", "normalize"]
 
@@ -16,8 +17,8 @@ __all__ = ["iterate", "normalize"]
 def iterate(M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float) -> tuple[Tensor, Tensor]:
     """Return better singular vectors than ``u`` (b, h) and ``v`` (b, w); one whose image is zero stays as it is."""
     for _ in range(steps):
-        u = _unit(_image(M, v), eps, u)
-        v = _unit(_image(M.mT, u.conj()).conj(), eps, v)
+        u = unit(_image(M, v), eps, u)
+        v = unit(_image(M.mT, u.conj()).conj(), eps, v)
     return u, v
 
 
@@ -48,8 +49,3 @@ def _before_division(M: Tensor, u: Tensor, v: Tensor, D: Tensor, G: Tensor) -> T
         G = G * (constant / D)[:, None, None]
     along = u * ((M * G).sum((1, 2)) / -D)[:, None]
     return torch.addcmul(G, along[:, :, None], v[:, None])
-
-
-def _unit(x: Tensor, eps: float, fallback: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm == 0, fallback, x / norm.clamp_min(eps))

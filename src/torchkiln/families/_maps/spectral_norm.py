@@ -101,11 +101,13 @@ def _product(M: Tensor, x: Tensor) -> Tensor:
 def unit(x: Tensor, eps: float, fallback: Tensor) -> Tensor:
     """Return ``x`` divided by its length, or by ``eps`` where that is shorter; ``fallback`` where ``x`` is zero.
 
+    Of a batch (b, n) that is done for each vector.
+
     Example:
         >>> unit(torch.tensor([0.0, 2.0]), 1e-12, torch.ones(2))
         tensor([0., 1.])
     """
-    norm = torch.linalg.vector_norm(x)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm == 0, fallback, x / norm.clamp_min(eps))
 
 
