@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,9 +106,18 @@ class _Unpickler(pickle._Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module.startswith("pathlib") and name.endswith("Path"):
             return _Text  # where it was saved to, which nothing here needs
         raise CheckpointError(f"{module}.{name} is not a part of the metadata of a checkpoint")
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """Return a member of an enumeration, which early releases of Python 3.11 pickle as an attribute of its class."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise CheckpointError("builtins.getattr of what is no enumeration")
+    return kind.__members__[name]
 
 
 class _Text(tuple):  # type: ignore[type-arg]  # of whatever parts a path has
