@@ -48,6 +48,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "replicate": (conv(nn.Conv2d, 3, padding=2, dilation=2, padding_mode="replicate"), (5, 6)),
     "transposed": (conv(nn.ConvTranspose2d, 3, stride=2, padding=1, output_padding=1, groups=2), (5, 4)),
     "transposed 1d": (conv(nn.ConvTranspose1d, 3, dilation=2), (7,)),
+    "transposed, padded at the end": (conv(nn.ConvTranspose1d, 2, dilation=2, output_padding=1), (7,)),
     "transposed 3d": (conv(nn.ConvTranspose3d, 2, stride=2), (2, 3, 2)),
 }
 CIRCULANT = [name for name in LAYERS if name.startswith("circular") and name != "circular that grows"]

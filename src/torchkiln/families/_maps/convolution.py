@@ -72,7 +72,12 @@ class Convolution:
 
     def adjoint(self, W: Tensor, y: Tensor, size: Sequence[int]) -> Tensor:
         """Return the adjoint of :meth:`apply`, for images of the spatial ``size`` that went in."""
-        return self._correlate(W, y) if self.transposed else self._spread(W, y, size)
+        if not self.transposed:
+            return self._spread(W, y, size)
+        x = self._correlate(W, y)
+        for dim, n in enumerate(size, 2):  # an output padding of a stride or more leaves room for one more
+            x = x.narrow(dim, 0, n)
+        return x
 
     def _correlate(self, W: Tensor, x: Tensor) -> Tensor:
         if self.mode == "zeros":
