@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from torchkiln.families._maps import norms, scale, spectral_norm
+from torchkiln.families._maps import norms, scale, spectral_batch, spectral_norm
 from torchkiln.families._maps.spectral_norm import Iterate
 
 
@@ -181,6 +181,28 @@ def test_a_large_weight_has_its_gradient_under_compiled_autograd():
     with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
         spectral_norm.spectral_normalize(W, Iterate(u, v), 0).backward(G)
     torch.testing.assert_close(W.grad, expected)
+
+
+DIVIDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "spectral norm": lambda W: spectral_norm.spectral_normalize(
+        W, Iterate(W[:, 0].detach(), W[0].detach()), 0
+    ),
+    "a batch": lambda W: spectral_batch.normalize(W[None], W[None, :, 0].detach(), W[None, 0].detach()),
+    "sphere": lambda W: scale.onto_sphere(W, 2.0, (1,)),
+    "weight norm": lambda W: norms.weight_normalize(W, torch.ones(4, 1, dtype=W.dtype), 0),
+}
+
+
+@LARGE
+@pytest.mark.parametrize("name", DIVIDED)
+def test_who_looks_at_the_gradient_of_the_result_sees_what_arrives_there(name):
+    value = DIVIDED[name](free((4, 3)).requires_grad_())
+    G, seen = torch.randn_like(value), []
+    (asked,) = torch.autograd.grad(value, value, G, retain_graph=True)
+    value.register_hook(seen.append)
+    value.retain_grad()
+    value.backward(G)
+    assert all(torch.equal(found, G) for found in (asked, value.grad, *seen))
 
 
 @LARGE
