@@ -61,7 +61,7 @@ def householder_inverse(Q: Tensor) -> Tensor:
     signs = torch.where(diagonal < 0, -1.0, 1.0)
     # LAPACK leaves out a reflection that would change nothing (tau = 0); householder() always reflects.
     diagonal.copy_(torch.where(tau == 0, -signs, signs))
-    return X
+    return X.contiguous()  # LAPACK's columns lie one after the other; safetensors takes rows alone
 
 
 def is_orthonormal(Q: Tensor) -> bool:
@@ -80,8 +80,7 @@ def orthonormalize(A: Tensor) -> Tensor:
     diagonal = X.diagonal(dim1=-2, dim2=-1)  # of R, and real also where A is complex
     signs = torch.where(diagonal.real < 0, -1.0, 1.0).to(A.dtype)
     Q: Tensor = torch.linalg.householder_product(X, tau)
-    # LAPACK's columns lie one after the other; files want rows.
-    return (Q * signs.unsqueeze(-2)).contiguous()
+    return (Q * signs.unsqueeze(-2)).contiguous()  # as above
 
 
 def complete_basis(Q: Tensor) -> Tensor:
