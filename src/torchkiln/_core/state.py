@@ -30,7 +30,7 @@ class _Progress(NamedTuple):
     change: tuple[Any, ...] | None  # the originals that the state was last advanced for; None: to be advanced
     state: State  # the state in use, in tensors that nothing writes to
     ahead: bool  # whether the buffers do not have it yet
-    buffers: list[tuple[int, int]]  # the buffers it belongs to: after a load it is void
+    buffers: list[tuple[str, int, int]]  # those it belongs to, by id and version: after a load it is void
 
 
 class AdvancingStep(nn.Module):
@@ -87,11 +87,10 @@ class AdvancingStep(nn.Module):
         return states
 
     def _current_progress(self) -> _Progress:
-        buffers = self._state_buffers()
-        progress = self._valid_progress(buffers)
+        progress = self._valid_progress()
         if progress is None:
             with torch.no_grad():
-                found = self.adopt(*[buffer.clone() for buffer in buffers])
+                found = self.adopt(*[buffer.clone() for buffer in self._state_buffers()])
             progress = self._keep(None, found, ahead=False)
         return progress
 
@@ -105,7 +104,7 @@ class AdvancingStep(nn.Module):
         return self._keep(change, state, ahead=True).state
 
     def _keep(self, change: tuple[Any, ...] | None, state: State, *, ahead: bool) -> _Progress:
-        progress = _Progress(change, state, ahead, _marks(self._state_buffers()))
+        progress = _Progress(change, state, ahead, self._marks())
         # Tensors made under these modes must not outlive them.
         if not (torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active()):
             self.__dict__["_progress"] = progress
@@ -113,7 +112,7 @@ class AdvancingStep(nn.Module):
 
     def commit(self, *, advance_next: bool = False) -> None:
         """Let the buffers take over the state in use; ``advance_next`` makes the next read in training advance it."""
-        progress = self._valid_progress(self._state_buffers())
+        progress = self._valid_progress()
         if progress is not None and (progress.ahead or advance_next):
             self._write(progress.state)
             self._keep(None if advance_next else progress.change, progress.state, ahead=False)
@@ -125,7 +124,7 @@ class AdvancingStep(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        progress = self._valid_progress(self._state_buffers())
+        progress = self._valid_progress()
         if progress is not None and progress.ahead:
             destination.update(zip((prefix + name for name in self.state_names), progress.state, strict=True))
 
@@ -133,9 +132,20 @@ class AdvancingStep(nn.Module):
         buffers = self._buffers
         return tuple([buffers[name] for name in self.state_names if name in buffers])  # type: ignore[misc]  # none is None
 
-    def _valid_progress(self, buffers: State) -> _Progress | None:
-        progress = self._progress
-        return progress if progress is not None and progress.buffers == _marks(buffers) else None
+    def _marks(self) -> list[tuple[str, int, int]]:
+        get = self._buffers.get
+        return [
+            (name, id(held), _version(held)) for name in self.state_names if (held := get(name)) is not None
+        ]
+
+    def _valid_progress(self) -> _Progress | None:
+        progress, buffers = self._progress, self._buffers
+        if progress is not None:
+            for name, mark, version in progress.buffers:
+                buffer = buffers.get(name)
+                if buffer is None or id(buffer) != mark or _version(buffer) != version:
+                    return None
+        return progress
 
     def _write(self, state: State) -> None:
         # In place: DistributedDataParallel and DataParallel hold on to the buffers themselves.
@@ -148,11 +158,11 @@ class AdvancingStep(nn.Module):
             return tuple(buffer.clone() for buffer in buffers)
 
 
-def _marks(buffers: State) -> list[tuple[int, int]]:
+def _version(buffer: Tensor) -> int:
     try:
-        return [(id(buffer), buffer._version) for buffer in buffers]
+        return buffer._version
     except RuntimeError:  # made in inference mode, where writes are not counted
-        return [(id(buffer), 0) for buffer in buffers]
+        return 0
 
 
 def advances_state(step: nn.Module) -> bool:
