@@ -19,7 +19,7 @@ __all__ = [
     "Product",
     "Replace",
     "Rewrite",
-    "added",
+    "add_products",
     "apply",
     "expected",
     "product",
@@ -106,20 +106,18 @@ def product(edit: Edit, parts: Sequence[Tensor], *, weight: float) -> Product:
 
 
 @torch.no_grad()
-def added(W: Tensor, products: Sequence[Product], rows: slice, *, dtype: torch.dtype) -> Tensor:
-    """Return some rows of a tensor with products added, as new memory.
+def add_products(W: Tensor, products: Sequence[Product], rows: slice) -> Tensor:
+    """Add products to some rows of a tensor, and return these.
 
     Args:
-        W: The rows before.
+        W: The rows, contiguous and of the factors' dtype.
         products: What is added to the whole tensor.
         rows: Which rows they are.
-        dtype: The dtype of the factors, to compute in.
     """
-    value = W.to(dtype, copy=True)
-    matrix = value.view(value.shape[0], -1)
+    matrix = W.view(W.shape[0], -1)
     for L, R, scale in products:
         matrix.addmm_(L[rows], R, alpha=scale)
-    return value
+    return W
 
 
 @torch.no_grad()
@@ -138,7 +136,7 @@ def expected(
     changes = list(zip(edits, parts, strict=True))
     if all(isinstance(edit, AddProduct) for edit, _ in edits):
         products = [product(edit, own, weight=weight) for (edit, weight), own in changes]
-        return lambda rows: added(W[rows].contiguous(), products, rows, dtype=torch.float64)
+        return lambda rows: add_products(W[rows].to(torch.float64, copy=True).contiguous(), products, rows)
     whole = W.to(torch.float64, copy=True).contiguous()
     for (edit, weight), own in changes:
         whole = apply(edit, whole, own, weight=weight)

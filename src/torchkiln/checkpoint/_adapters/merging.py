@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,13 +13,13 @@ from torchkiln._core.errors import CheckpointError
 from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.entries import Entry, Group
 from torchkiln.checkpoint._adapters import shared
+from torchkiln.checkpoint._adapters.blocks import merged_rows
 from torchkiln.checkpoint._adapters.edits import (
     Add,
     AddProduct,
     Edit,
     Product,
     Replace,
-    added,
     apply,
     expected,
     product,
@@ -28,10 +29,9 @@ from torchkiln.checkpoint._adapters.keys import Parsed, Renamed, locate, parse
 from torchkiln.checkpoint._adapters.lora import experts
 from torchkiln.checkpoint._adapters.methods import Method, method_of
 from torchkiln.checkpoint._adapters.target import Target
-from torchkiln.checkpoint._check import check_merged, check_merged_block, magnitude
+from torchkiln.checkpoint._check import check_merged
 from torchkiln.checkpoint._io import CheckpointFile, Extent
 from torchkiln.checkpoint._report import Note
-from torchkiln.checkpoint._rows import rows_of
 
 __all__ = ["Merging", "Step", "by_rows", "plan_merging"]
 
@@ -118,37 +118,23 @@ class Merging:
         *,
         dtype: torch.dtype,
         verify: bool,
-    ) -> Iterator[tuple[Tensor, float]]:
+    ) -> Iterator[tuple[Tensor, bool]]:
         """Yield the rows of :meth:`merged`, block by block, where every change is the sum of a product.
 
-        With each block comes its largest magnitude, which is NaN where there is one.
+        With each block comes whether all of it is finite.
 
         Args:
             name: What to call it.
             source: Where its bytes are.
             steps: The changes.
             dtype: The dtype to return.
-            verify: Compute each block again, scaled before the product instead of after it, and compare.
+            verify: Check each block.
 
         Raises:
             CheckpointError: As for :meth:`merged`.
         """
         wide = _working_dtype(source[1].dtype, steps)
-        factors = _factors(steps, wide)
-        # float64 tells nothing more of values that are rounded to half of float32.
-        narrow = max(dtype.itemsize, source[1].dtype.itemsize) < torch.float32.itemsize
-        finer = wide if narrow else torch.promote_types(wide, torch.float64)
-        exact = [(L, R * scale, 1.0) for L, R, scale in _factors(steps, finer)] if verify else []
-        start = 0
-        for (W,) in rows_of([source]):
-            block = slice(start, start + W.shape[0])
-            value = added(W, factors, block, dtype=wide).to(dtype)
-            scale = magnitude(value)
-            if verify:
-                other = added(W, exact, block, dtype=finer)
-                check_merged_block(name, value, other, source=W, scale=scale)
-            yield value, scale
-            start = block.stop
+        return merged_rows(name, source, partial(_factors, steps), wide=wide, dtype=dtype, verify=verify)
 
     def keys(self, group: Group, name: str) -> tuple[str, ...]:
         """Return the adapters' keys that change a tensor."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -67,8 +66,8 @@ class Writing:
 
         def blocks() -> Iterator[Tensor]:
             fits = True
-            for value, scale in self.merging.rows(name, source, steps, dtype=dtype, verify=self.verify):
-                fits = fits and math.isfinite(scale)
+            for value, finite in self.merging.rows(name, source, steps, dtype=dtype, verify=self.verify):
+                fits = fits and finite
                 yield value
             if not fits:
                 self._warn(name, dtype)
