@@ -84,9 +84,8 @@ class _Orthogonal(nn.Module):
     def _at(self, X: Tensor, base: Tensor | None) -> Tensor:
         wide = X.shape[-2] < X.shape[-1]
         with full_precision(X):
-            Q = _MAPS[self.orthogonal_map](widen(X.mT if wide else X))
-            if base is not None:
-                Q = base.to(Q.dtype) @ Q
+            tall = widen(X.mT if wide else X)
+            Q = _MAPS[self.orthogonal_map](tall, None if base is None else base.to(tall.dtype))
         # LAPACK's columns lie one after the other. Laid out as a weight is, products with this tensor and with its
         # baked copy are the same to the last bit.
         return (Q.mT if wide else Q).to(X.dtype).contiguous()

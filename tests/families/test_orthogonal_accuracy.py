@@ -70,18 +70,12 @@ def test_columns_of_all_scales_are_as_orthonormal_as_torchs(
     assert gram_error(ours(X)) <= max(gram_error(theirs(X)), 8 * torch.finfo(torch.float32).eps)
 
 
-# The Cayley transform of a thin matrix is left out: its columns come by way of a QR factor, with the rounding of that.
+@against_torch
 @pytest.mark.parametrize(
-    ("ours", "theirs", "shape"),
-    [
-        (*pair.values, shape)
-        for pair in PAIRS
-        for shape in ((3, 256, 256), (3, 300, 200), (3, 512, 64))
-        if pair.id != "cayley" or shape[1] < 2 * shape[2]
-    ],
+    "shape", [(20, 64, 64), (5, 128, 128), (3, 256, 256), (3, 300, 200), (3, 512, 64)], ids=str
 )
 @pytest.mark.parametrize("scale", [0.1, 1, 1.4, 2])
-def test_columns_of_large_matrices_are_as_orthonormal_as_torchs_on_average(
+def test_columns_are_as_orthonormal_as_torchs_on_average(
     ours: Map, theirs: Map, shape: tuple[int, ...], scale: float
 ) -> None:
     X = torch.randn(shape) * scale / shape[-2] ** 0.5

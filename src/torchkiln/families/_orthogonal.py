@@ -30,8 +30,8 @@ __all__ = [
 _MAPS = {"exponential": maps.exponential, "cayley": maps.cayley}
 
 
-def _around(base: Tensor | None, Q: Tensor) -> Tensor:
-    return Q if base is None else base.to(Q.dtype) @ Q
+def _mapped(name: str, X: Tensor, base: Tensor | None) -> Tensor:
+    return _MAPS[name](X, None if base is None else base.to(X.dtype))
 
 
 class Orthogonal(Parametrization):
@@ -70,7 +70,7 @@ class Orthogonal(Parametrization):
     @computed
     def forward(self, X: Tensor) -> Tensor:
         X, wide = square_or_tall(X)
-        Q = maps.householder(X) if self.map == "householder" else _around(self.base, _MAPS[self.map](X))
+        Q = maps.householder(X) if self.map == "householder" else _mapped(self.map, X, self.base)
         return Q.mT if wide else Q
 
     @inverted
@@ -128,7 +128,7 @@ class SpecialOrthogonal(Parametrization):
 
     @computed
     def forward(self, X: Tensor) -> Tensor:
-        return _around(self.base, _MAPS[self.map](X))
+        return _mapped(self.map, X, self.base)
 
     @inverted
     def right_inverse(self, Q: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class Unitary(Parametrization):
     @computed
     def forward(self, X: Tensor) -> Tensor:
         X, wide = square_or_tall(X)
-        U = _around(self.base, _MAPS[self.map](X))
+        U = _mapped(self.map, X, self.base)
         return U.mT if wide else U
 
     @inverted

@@ -1,8 +1,9 @@
-r"""The Cayley transform of skew-Hermitian matrices, and its derivative by two products with the value.
+r"""The Cayley transform of skew-Hermitian matrices, and its derivative by two products with what is at hand.
 
 .. math:: c(A) = (I - A/2)^{-1} (I + A/2) = 2 N - I, \qquad N = (I - A/2)^{-1} = (c(A) + I)/2
 
-As :math:`dN = N (dA/2) N`, the adjoint derivative takes a cotangent G to :math:`N^H G N^H`, with no factorization.
+As :math:`dN = N (dA/2) N`, the adjoint derivative of B c(A) takes a cotangent G to :math:`(B N)^H G N^H`, with
+:math:`B N = (B c(A) + B)/2`: no factorization, and no product with B.
 """
 
 from __future__ import annotations
@@ -13,49 +14,66 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchkiln.families._maps.products import add_product
 from torchkiln.families._maps.skew import SkewFunction, minus_adjoint
 
 __all__ = ["CAYLEY"]
 
-Kept = tuple[Tensor]
+
+# Up to this size of a matrix LAPACK takes no longer in double precision; thin matrices come as small ones.
+_PRECISE = 128
 
 
-def _value(A: Tensor) -> tuple[Tensor, Kept]:
-    """Return the Cayley transform of ``A``, which is also what the other functions need."""
+def _value(A: Tensor, base: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the Cayley transform of ``A`` around the base; to keep are N - I, with a base, and that value."""
+    value = A.new_empty(0)
     if A.device.type != "cpu" or _is_large(A):
         Q: Tensor = torch.linalg.solve_ex(_plus_identity(A, -0.5), _plus_identity(A, 0.5))[0]
-    else:
-        Q = _plus_identity(_inverse_minus_one(A * -0.5), 2)
-    return Q, (Q,)
+        return (Q, (value,)) if base is None else (base @ Q, (_plus_identity(Q, 0.5, -0.5), value))
+    D = _precisely_minus_one(A) if A.shape[-1] <= _PRECISE else _inverse_minus_one(A * -0.5)
+    if base is None:
+        return _plus_identity(D, 2), (value,)
+    return add_product(base, base, D, alpha=2), (D, value)
 
 
 def _is_large(A: Tensor) -> bool:
     """Return whether inversion by halves, which exchanges no rows, would lose more digits than LAPACK does."""
-    return bool(torch.linalg.vector_norm(A, dim=(-2, -1)).max() > math.sqrt(1.2 * A.shape[-1]))
+    n = A.shape[-1]
+    return n > _PRECISE and bool(torch.linalg.vector_norm(A, dim=(-2, -1)).max() > math.sqrt(1.2 * n))
 
 
-def _plus_identity(A: Tensor, factor: float) -> Tensor:
-    """Return :math:`I + f A`."""
+def _precisely_minus_one(A: Tensor) -> Tensor:
+    """Return N - I."""
+    half = A.to(torch.promote_types(A.dtype, torch.float64)) * 0.5
+    D: Tensor = torch.linalg.solve_ex(_plus_identity(half, -1), half)[0]
+    return D.to(A.dtype)
+
+
+def _plus_identity(A: Tensor, factor: float, one: float = 1) -> Tensor:
+    """Return :math:`f A` plus ``one`` times the identity."""
     result = A * factor
-    result.diagonal(dim1=-2, dim2=-1).add_(1)
+    result.diagonal(dim1=-2, dim2=-1).add_(one)
     return result
 
 
-def _pullback(_A: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
+def _pullback(_A: Tensor, base: Tensor | None, kept: Sequence[Tensor], G: Tensor) -> Tensor:
     """Return twice the skew-Hermitian part of the adjoint derivative of the transform applied to ``G``."""
-    N = _half_plus_identity(kept[0]).mH
-    return minus_adjoint(N @ G @ N)
+    if base is None:
+        N = _plus_identity(kept[0], 0.5, 0.5).mH
+        return minus_adjoint(N @ G @ N)
+    D, BQ = kept
+    P = ((BQ + base).mul_(0.5)).mH @ G
+    return minus_adjoint(add_product(P, P, D.mH))
 
 
 def _quotient(_A: Tensor, kept: Sequence[Tensor], k: int) -> Tensor:
     """Return the first ``k`` rows and columns of :math:`(c(A) - I) A^{-1} = N`, which A = 0 has as well."""
-    return _half_plus_identity(kept[0][..., :k, :k])
+    return _plus_identity(kept[0][..., :k, :k], 0.5, 0.5)
 
 
-def _half_plus_identity(Q: Tensor) -> Tensor:
-    N = Q * 0.5
-    N.diagonal(dim1=-2, dim2=-1).add_(0.5)
-    return N
+def _kept_like(A: Tensor, base: Tensor | None) -> tuple[Tensor, ...]:
+    value = A.new_empty(0)
+    return (value,) if base is None else (torch.empty_like(A), value)
 
 
 # Matrices up to this size are inverted by factors, larger ones by halves: products are faster.
@@ -115,6 +133,7 @@ CAYLEY = SkewFunction(
     quotient=_quotient,
     plain=_plain,
     plain_quotient=_plain_quotient,
-    kept_like=lambda A: (torch.empty_like(A),),
+    kept_like=_kept_like,
     small=48,
+    precise=True,
 )

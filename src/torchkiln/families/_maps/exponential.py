@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from torchkiln.families._maps.explicit import around, around_adjoint
 from torchkiln.families._maps.exponential_series import Series, plan, spectral_bound
 from torchkiln.families._maps.skew import SkewFunction, minus_adjoint, plus_adjoint
 
@@ -38,15 +39,20 @@ _LARGE = 256
 # --- the value ----------------------------------------------------------------------------------------------------
 
 
-def _value(A: Tensor) -> tuple[Tensor, Kept]:
-    """Return the exponential of ``A``, of 2 or 3 dimensions, and what the other functions need.
+def _value(A: Tensor, base: Tensor | None) -> tuple[Tensor, Kept]:
+    """Return the exponential of ``A``, of 2 or 3 dimensions, around the base, and what the other functions need.
 
     That is W, and a bound of the norm of A.
     """
+    F, kept = _exponential(A)
+    return around(base, F), kept
+
+
+def _exponential(A: Tensor) -> tuple[Tensor, Kept]:
     norms = torch.linalg.vector_norm(A, dim=(-2, -1))
     largest = float(norms.max())
     if A.ndim == 3 and largest > max(2, 8 * float(norms.min())):  # they need different numbers of squarings
-        values, kept = zip(*map(_value, A), strict=True)
+        values, kept = zip(*map(_exponential, A), strict=True)
         Ws, bounds = zip(*kept, strict=True)
         return torch.stack(values), (torch.stack(Ws), torch.stack(bounds))
     # No power may overflow.
@@ -126,11 +132,15 @@ def _fuse_(C: Tensor, A: Tensor, B: Tensor, *, beta: float = 1, alpha: float = 1
 # --- the derivative -----------------------------------------------------------------------------------------------
 
 
-def _pullback(A: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
+def _pullback(A: Tensor, base: Tensor | None, kept: Sequence[Tensor], G: Tensor) -> Tensor:
     """Return twice the skew-Hermitian part of the adjoint derivative of the exponential at ``A`` applied to ``G``."""
+    return _pulled_back(A, kept, around_adjoint(base, G))
+
+
+def _pulled_back(A: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
     W, bounds = kept
     if _differ(bounds):
-        return torch.stack([_pullback(X, each, H) for X, *each, H in zip(A, W, bounds, G, strict=True)])
+        return torch.stack([_pulled_back(X, each, H) for X, *each, H in zip(A, W, bounds, G, strict=True)])
     steps, series, A, B, B2 = _powers(A, bounds)
     first, second = _first(series, A, B, B2, W), _sum(series.second, A, B, B2)
     for R in reversed(_roots(_sum(series.rest, A, B, B2), first, second, steps)):
@@ -218,5 +228,8 @@ EXPONENTIAL = SkewFunction(
     quotient=_quotient,
     plain=torch.matrix_exp,
     plain_quotient=_plain_quotient,
-    kept_like=lambda A: (torch.empty_like(A), A.new_empty(A.shape[:-2], dtype=torch.float64, device="cpu")),
+    kept_like=lambda A, _base: (
+        torch.empty_like(A),
+        A.new_empty(A.shape[:-2], dtype=torch.float64, device="cpu"),
+    ),
 )

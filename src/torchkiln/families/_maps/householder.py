@@ -10,7 +10,7 @@ Q = V U^T + E D. A cotangent G of a tall Q is taken back to
     \mathrm{tril}(G U - V (\mathrm{triu}(Z) + \mathrm{triu}(Z, 1)^T) - E D Y^T, -1)
 
 Of a square Q only :math:`S = Q^T G - G^T Q` counts, what G is along the orthogonal matrices. Put in the place of G, and
-as U = (I - H) D, it makes Z skew, and most of this cancels:
+as U = (I - H) D, it makes Z skew, and most of this cancels (with a base B, and G of B Q, it is B Q in the place of Q):
 
 .. math:: P = S U, \qquad \mathrm{tril}(D P + V\, \mathrm{tril}(U^T P, -1), -1)
 
@@ -25,38 +25,57 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchkiln.families._maps.explicit import ExplicitMap
+from torchkiln.families._maps.explicit import ExplicitMap, around_adjoint
+from torchkiln.families._maps.products import add_product_
 from torchkiln.families._maps.skew import minus_adjoint
 
 __all__ = ["HOUSEHOLDER"]
 
-# LAPACK applies the vectors one by one: quicker up to this many rows, and more exact where one is as long as this.
+# LAPACK applies the vectors one by one, which is quicker up to this many rows.
 _SMALL = 64
-_LONG = 1.8
+# Up to this many rows sums in double precision take hardly longer.
+_PRECISE = 128
 
 
-def _value(X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return Q, and U with M (or, for a square Q, with Q); of a small one Q alone."""
+def _value(X: Tensor, base: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return Q around the base, and what the gradient needs: U, and M of a tall X or that value of a square one."""
     n, k = X.shape[-2:]
     V, signs = _reflectors(X), _signs(X)
     if _is_small(X):
-        return _one_by_one(V, signs), (X.new_empty(0),)
+        return _around(base, _one_by_one(V, signs)), (X.new_empty(0),)
     U, M = _factors(V, signs)
-    long = X.device.type == "cpu" and bool(M.diagonal(dim1=-2, dim2=-1).max() > _LONG**2 / 2)
-    Q = _one_by_one(V, signs) if long else _product(V, signs, U)
-    return Q, (U, M if n > k else X.new_empty(0))
+    Q = _one_by_one(V, signs) if _is_coarse(X, M) else _product(V, signs, U)
+    return _around(base, Q), (U, M if n > k else X.new_empty(0))
+
+
+def _around(base: Tensor | None, Q: Tensor) -> Tensor:
+    """Return the base times Q, summed block by block: half of what W lacks to being orthogonal is rounded here."""
+    if base is None:
+        return Q
+    (_, first), *others = _blocks(Q.shape[-2])
+    W = base[..., :first] @ Q[..., :first, :]
+    for i, j in others:
+        add_product_(W, base[..., i:j], Q[..., i:j, :])
+    return W
 
 
 def _is_small(X: Tensor) -> bool:
     return X.shape[-2] <= _SMALL and X.device.type == "cpu"
 
 
-def _kept_like(X: Tensor) -> tuple[Tensor, ...]:
+def _is_coarse(X: Tensor, M: Tensor) -> bool:
+    """Return whether LAPACK's columns would be more orthogonal: of many vectors, where one is longer than 1.6."""
+    n, k = X.shape[-2:]
+    many = _PRECISE < n < 2 * k and X.device.type == "cpu"
+    return many and bool(M.diagonal(dim1=-2, dim2=-1).max() > 1.6**2 / 2)
+
+
+def _kept_like(X: Tensor, _base: Tensor | None) -> tuple[Tensor, ...]:
     if _is_small(X):
-        return (torch.empty_like(X),)
-    k = X.shape[-1]
+        return (X.new_empty(0),)
+    n, k = X.shape[-2:]
     U = X.new_empty(*X.shape[:-2], k, k)
-    return U, torch.empty_like(U)
+    return U, torch.empty_like(U) if n > k else X.new_empty(0)
 
 
 def _one_by_one(V: Tensor, signs: Tensor) -> Tensor:
@@ -68,26 +87,24 @@ def _one_by_one(V: Tensor, signs: Tensor) -> Tensor:
 
 
 def _product(V: Tensor, signs: Tensor, U: Tensor) -> Tensor:
-    Q, W = torch.empty_like(V), U.mT
+    Q, W = torch.zeros_like(V), U.mT
     for i, j in _blocks(V.shape[-1]):
-        torch.matmul(V[..., i:j, :j], W[..., :j, i:], out=Q[..., i:j, i:])
-        if j < V.shape[-2]:
-            torch.matmul(V[..., j:, :j], W[..., :j, i:j], out=Q[..., j:, i:j])
+        add_product_(Q[..., i:, i:], V[..., i:, i:j], W[..., i:j, i:])
     Q.diagonal(dim1=-2, dim2=-1).add_(signs)
     return Q
 
 
-def _pullback(X: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
+def _pullback(X: Tensor, base: Tensor | None, kept: Sequence[Tensor], G: Tensor) -> Tensor:
     V, signs = _reflectors(X), _signs(X)
     U, M = _factors(V, signs) if _is_small(X) else kept
     if X.shape[-2] == X.shape[-1]:
-        return _pullback_square(V, signs, U, kept[-1], G)
-    return _pullback_tall(V, signs, U, M, G)
+        return _pullback_square(V, signs, U, kept[-1].mT @ G)
+    return _pullback_tall(V, signs, U, M, around_adjoint(base, G))
 
 
-def _pullback_square(V: Tensor, signs: Tensor, U: Tensor, Q: Tensor, G: Tensor) -> Tensor:
-    S = minus_adjoint(Q.mT @ G)
-    P, L, blocks = torch.empty_like(V), torch.empty_like(V), _blocks(V.shape[-1])
+def _pullback_square(V: Tensor, signs: Tensor, U: Tensor, QG: Tensor) -> Tensor:
+    S = minus_adjoint(QG)
+    P, L, blocks = torch.empty_like(V), S, _blocks(V.shape[-1])
     for i, j in blocks:
         torch.matmul(S[..., i:, i:], U[..., i:, i:j], out=P[..., i:, i:j])
     for i, j in blocks:
@@ -95,28 +112,29 @@ def _pullback_square(V: Tensor, signs: Tensor, U: Tensor, Q: Tensor, G: Tensor) 
     L.tril_(-1)
     P.mul_(signs.unsqueeze(-1))
     for i, j in blocks:
-        _add_(P[..., i:j, :j], V[..., i:j, :j], L[..., :j, :j])
+        add_product_(P[..., i:, :j], V[..., i:, i:j], L[..., i:j, :j])
     return P.tril_(-1)
 
 
 def _pullback_tall(V: Tensor, signs: Tensor, U: Tensor, M: Tensor, G: Tensor) -> Tensor:
     n, k = V.shape[-2:]
     blocks = _blocks(k)
-    Y, Z = torch.zeros_like(M), torch.zeros_like(M)
+    YT, Z = torch.zeros_like(M), torch.zeros_like(M)
     for i, j in blocks:
-        F = V[..., i:, i:j].mT @ G[..., i:, i:]
-        _add_(F, M[..., :i, i:j].mT, Y[..., :i, i:], -1)
-        Y[..., i:j, i:] = torch.linalg.solve_triangular(M[..., i:j, i:j].mT, F, upper=False)
+        F = G[..., i:, i:].mT @ V[..., i:, i:j]
+        add_product_(F, YT[..., i:, :i], M[..., :i, i:j], alpha=-1)
+        # From the right LAPACK takes half as long.
+        YT[..., i:, i:j] = torch.linalg.solve_triangular(M[..., i:j, i:j], F, upper=True, left=False)
     for i, j in blocks:
-        Z[..., :j, i:j] = Y[..., :j, i:] @ U[..., i:, i:j]
+        torch.matmul(YT[..., i:, :j].mT, U[..., i:, i:j], out=Z[..., :j, i:j])
     Z = Z.triu_() + Z.triu(1).mT
     gradient = torch.empty_like(V)
     for i, j in blocks:
         torch.matmul(G[..., i:, i:], U[..., i:, i:j], out=gradient[..., i:, i:j])
     for i, j in blocks:
         rows = slice(i, j if j < k else n)
-        _add_(gradient[..., rows, :j], V[..., rows, :j], Z[..., :j, :j], -1)
-    gradient[..., :k, :] -= (Y * signs.unsqueeze(-2)).mT
+        add_product_(gradient[..., rows, :j], V[..., rows, :j], Z[..., :j, :j], alpha=-1)
+    gradient[..., :k, :] -= YT.mul_(signs.unsqueeze(-1))
     return gradient.tril_(-1)
 
 
@@ -150,33 +168,36 @@ def _reflectors(X: Tensor) -> Tensor:
 
 
 def _factors(V: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U and M; of M what is below the blocks on its diagonal is never read."""
+    """Return U and M."""
     k = V.shape[-1]
-    blocks = _blocks(k)
-    M = V.new_zeros(*V.shape[:-2], k, k)
-    # Most of what Q lacks to being orthogonal would come of rounding these sums.
-    wide = V.double() if V.device.type == "cpu" else V
-    for i, j in blocks:
-        M[..., :j, i:j] = wide[..., i:, :j].mT @ wide[..., i:, i:j]
-    M.diagonal(dim1=-2, dim2=-1).mul_(0.5)
-    U = V[..., :k, :] * -signs.unsqueeze(-1)
-    for i, j in reversed(blocks):
+    M, U = _inner_products(V), V[..., :k, :] * -signs.unsqueeze(-1)
+    for i, j in reversed(_blocks(k)):
         columns = U[..., i:, i:j]
         if j < k:
-            _add_(U[..., j:, i:j], U[..., j:, j:], M[..., i:j, j:].mT, -1)
+            add_product_(U[..., j:, i:j], U[..., j:, j:], M[..., i:j, j:].mT, alpha=-1)
         columns.copy_(torch.linalg.solve_triangular(M[..., i:j, i:j].mT, columns, upper=False, left=False))
     return U, M
 
 
-def _blocks(k: int) -> list[tuple[int, int]]:
+def _inner_products(V: Tensor) -> Tensor:
+    """Return M; what is below its diagonal is never read.
+
+    Most of what Q lacks to being orthogonal comes of rounding these sums. They are small but for what the ones in V add
+    and for the diagonal. So the ones are left out, the diagonal is summed apart, and the rows are summed by blocks.
+    """
+    n, k = V.shape[-2:]
+    ones = V.diagonal(dim1=-2, dim2=-1).zero_()
+    L = V.double() if n <= _PRECISE and V.device.type == "cpu" else V
+    M = L[..., :k, :].mT.clone(memory_format=torch.contiguous_format)
+    for i, j in _blocks(n, least=32, most=8):
+        rows = L[..., i:j, :j]
+        add_product_(M[..., :j, :j], rows.mT, rows)
+    M.diagonal(dim1=-2, dim2=-1).copy_((L * L).sum(-2).add_(1).mul_(0.5))
+    ones.fill_(1)
+    return M.to(V.dtype)
+
+
+def _blocks(k: int, least: int = 64, most: int = 4) -> list[tuple[int, int]]:
     """Return from where to where the blocks of k rows or columns go: smaller ones leave out more, at more calls."""
-    size = max(64, k // 4)
+    size = max(least, k // most)
     return [(i, min(i + size, k)) for i in range(0, k, size)]
-
-
-def _add_(C: Tensor, A: Tensor, B: Tensor, factor: float = 1) -> None:
-    """Add ``factor`` times A B to C."""
-    if C.ndim == 2:
-        C.addmm_(A, B, alpha=factor)
-    else:
-        C.add_(A @ B, alpha=factor)

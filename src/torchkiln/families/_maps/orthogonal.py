@@ -1,6 +1,7 @@
 """Pure maps between free matrices and orthogonal ones; no modules, no state of their own.
 
-Matrices are the last two dimensions, everything before them is a batch. ``X`` is tall: n x k with n >= k.
+Matrices are the last two dimensions, everything before them is a batch. ``X`` is tall: n x k with n >= k. A ``base``,
+n x n, multiplies the value from the left.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ __all__ = [
 _EXPONENTIAL, _CAYLEY = explicit_map("exponential", EXPONENTIAL), explicit_map("cayley", CAYLEY)
 
 
-def exponential(X: Tensor) -> Tensor:
+def exponential(X: Tensor, base: Tensor | None = None) -> Tensor:
     r"""Return the first k columns of :math:`\exp(A)`, ``A`` the :func:`skew` of ``X`` (arXiv:1901.08428)."""
-    return _EXPONENTIAL(X)
+    return _EXPONENTIAL(X, base)
 
 
-def cayley(X: Tensor) -> Tensor:
+def cayley(X: Tensor, base: Tensor | None = None) -> Tensor:
     r"""Return the first k columns of :math:`(I - A/2)^{-1} (I + A/2)`, ``A`` the :func:`skew` of ``X``."""
-    return _CAYLEY(X)
+    return _CAYLEY(X, base)
 
 
-def householder(X: Tensor) -> Tensor:
+def householder(X: Tensor, base: Tensor | None = None) -> Tensor:
     r"""Return :math:`H_1 \cdots H_k` times the first k unit vectors, times the signs on the diagonal of ``X``.
 
     :math:`H_i = I - \tau_i v_i v_i^T` with :math:`\tau_i = 2 / \|v_i\|^2`; :math:`v_i` is zero above row i, 1 there,
     and column i of ``X`` below. Only the sign of the diagonal counts, zero as negative: whatever weight decay does to
     it, the columns stay orthonormal, and ``X = 0`` gives the first unit vectors.
     """
-    return HOUSEHOLDER(X)
+    return HOUSEHOLDER(X, base)
 
 
 def householder_inverse(Q: Tensor) -> Tensor:

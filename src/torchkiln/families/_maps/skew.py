@@ -26,33 +26,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from torchkiln.families._maps.explicit import ExplicitMap
+from torchkiln.families._maps.explicit import ExplicitMap, around, around_adjoint, with_value
 
 __all__ = ["SkewFunction", "explicit_map", "minus_adjoint", "plus_adjoint", "skew"]
 
 Kept = Sequence[Tensor]
+Base = Tensor | None
 
 
 class SkewFunction(NamedTuple):
-    """A function f of skew-Hermitian matrices A, of 2 or 3 dimensions, with f(0) = I.
+    """A function f of skew-Hermitian matrices A, of 2 or 3 dimensions, with f(0) = I, around a base B or none.
 
     Attributes:
-        value: Returns f(A), and what the next two need.
+        value: Returns B f(A), and what the next two need; an empty tensor in it stands for the value.
         pullback: Returns twice the skew-Hermitian part of the adjoint derivative at A, of a cotangent.
         quotient: Returns the first k rows and columns of (f(A) - I) A^-1.
         plain: Returns f(A) by differentiable operations.
         plain_quotient: Returns (f(M) - I) M^-1 B for any square M, by differentiable operations.
-        kept_like: Returns tensors like those that ``value`` keeps for A.
+        kept_like: Returns tensors like those that ``value`` keeps.
         small: Up to how many rows of a single A ``plain`` is quicker than ``value`` and ``pullback``.
+        precise: Whether ``value`` is more exact, for small A, than what LAPACK computes.
     """
 
-    value: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]
-    pullback: Callable[[Tensor, Kept, Tensor], Tensor]
+    value: Callable[[Tensor, Base], tuple[Tensor, tuple[Tensor, ...]]]
+    pullback: Callable[[Tensor, Base, Kept, Tensor], Tensor]
     quotient: Callable[[Tensor, Kept, int], Tensor]
     plain: Callable[[Tensor], Tensor]
     plain_quotient: Callable[[Tensor, Tensor], Tensor]
-    kept_like: Callable[[Tensor], tuple[Tensor, ...]]
+    kept_like: Callable[[Tensor, Base], tuple[Tensor, ...]]
     small: int = 0
+    precise: bool = False
 
 
 def skew(X: Tensor) -> Tensor:
@@ -86,84 +89,124 @@ def _copied_adjoint(X: Tensor) -> Tensor:
     return X.mH.clone(memory_format=torch.contiguous_format)
 
 
-def explicit_map(name: str, f: SkewFunction) -> ExplicitMap:
-    """Return the map from X to the first k columns of f(A)."""
+class _Form(NamedTuple):
+    """How the first k columns of f(A) are evaluated, for X of 2 or 3 dimensions."""
 
-    def value(X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        of = _value_thin if _is_thin(X) else _value_full
-        if X.ndim <= 3:
-            return of(f, X)
-        batch = X.shape[:-2]
-        Y, kept = of(f, X.flatten(0, -3))
-        split = (tensor.reshape(*batch, *tensor.shape[1:]) if tensor.numel() else tensor for tensor in kept)
-        return Y.reshape(X.shape), tuple(split)
+    value: Callable[[SkewFunction, Tensor, Base], tuple[Tensor, tuple[Tensor, ...]]]
+    pullback: Callable[[SkewFunction, Tensor, Base, Kept, Tensor], Tensor]
+    plain: Callable[[SkewFunction, Tensor], Tensor]
+    kept_like: Callable[[SkewFunction, Tensor, Base], tuple[Tensor, ...]]
 
-    def pullback(X: Tensor, kept: Kept, G: Tensor) -> Tensor:
-        of = _pullback_thin if _is_thin(X) else _pullback_full
-        if X.ndim <= 3:
-            return of(f, X, kept, G)
-        flat = [tensor.flatten(0, X.ndim - 3) for tensor in kept]
-        return of(f, X.flatten(0, -3), flat, G.flatten(0, -3)).reshape(X.shape)
 
-    def plain(X: Tensor) -> Tensor:
-        if _is_thin(X):
-            return _plain_thin(f, X)
-        n, k = X.shape[-2:]
-        return f.plain(skew(X)) if n == k else f.plain(skew(X))[..., :k]
-
-    def kept_like(X: Tensor) -> tuple[Tensor, ...]:
-        n, k = X.shape[-2:]
-        if not _is_thin(X):
-            return f.kept_like(X.new_empty(*X.shape[:-1], n))
-        A = X.new_empty(*X.shape[:-2], 2 * k, 2 * k)
-        return X.new_empty(*X.shape[:-2], n - k, k), A, *f.kept_like(A)
-
-    def is_small(X: Tensor) -> bool:
-        return X.ndim == 2 and X.shape[-2] <= f.small and not _is_thin(X)
-
-    return ExplicitMap(
-        name, value=value, pullback=pullback, plain=plain, kept_like=kept_like, is_small=is_small
-    )
+def _form(X: Tensor) -> _Form:
+    n, k = X.shape[-2:]
+    return _SQUARE if n == k else _THIN if _is_thin(X) else _TALL
 
 
 def _is_thin(X: Tensor) -> bool:
     return X.shape[-2] > 2 * X.shape[-1]
 
 
+def explicit_map(name: str, f: SkewFunction) -> ExplicitMap:
+    """Return the map from X to the first k columns of f(A)."""
+
+    def value(X: Tensor, base: Base) -> tuple[Tensor, tuple[Tensor, ...]]:
+        of = _form(X).value
+        if X.ndim <= 3:
+            return of(f, X, base)
+        batch = X.shape[:-2]
+        Y, kept = of(f, X.flatten(0, -3), None if base is None else base.flatten(0, -3))
+        split = (tensor.reshape(*batch, *tensor.shape[1:]) if tensor.numel() else tensor for tensor in kept)
+        return Y.reshape(X.shape), tuple(split)
+
+    def pullback(X: Tensor, base: Base, kept: Kept, G: Tensor) -> Tensor:
+        of = _form(X).pullback
+        if X.ndim <= 3:
+            return of(f, X, base, kept, G)
+        flat = [tensor.flatten(0, X.ndim - 3) for tensor in kept]
+        base = None if base is None else base.flatten(0, -3)
+        return of(f, X.flatten(0, -3), base, flat, G.flatten(0, -3)).reshape(X.shape)
+
+    return ExplicitMap(
+        name,
+        value=value,
+        pullback=pullback,
+        plain=lambda X: _form(X).plain(f, X),
+        kept_like=lambda X, base: _form(X).kept_like(f, X, base),
+        is_small=lambda X: X.ndim == 2 and X.shape[-2] <= f.small and not _is_thin(X),
+    )
+
+
 # --- n <= 2k: the matrix itself -----------------------------------------------------------------------------------
 
 
-def _value_full(f: SkewFunction, X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    n, k = X.shape[-2:]
-    F, kept = f.value(skew(X))
-    if n > k:
-        return F[..., :k], kept
-    return F, tuple(X.new_empty(0) if tensor is F else tensor for tensor in kept)
+def _value_square(f: SkewFunction, X: Tensor, base: Base) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return f.value(skew(X), base)
 
 
-def _pullback_full(f: SkewFunction, X: Tensor, kept: Kept, G: Tensor) -> Tensor:
+def _pullback_square(f: SkewFunction, X: Tensor, base: Base, kept: Kept, G: Tensor) -> Tensor:
+    return f.pullback(skew(X), base, kept, G).tril_()
+
+
+def _plain_square(f: SkewFunction, X: Tensor) -> Tensor:
+    return f.plain(skew(X))
+
+
+def _kept_like_square(f: SkewFunction, X: Tensor, base: Base) -> tuple[Tensor, ...]:
+    return f.kept_like(X, base)
+
+
+_SQUARE = _Form(_value_square, _pullback_square, _plain_square, _kept_like_square)
+
+
+def _value_tall(f: SkewFunction, X: Tensor, base: Base) -> tuple[Tensor, tuple[Tensor, ...]]:
+    F, kept = f.value(skew(X), None)
+    return around(base, F[..., : X.shape[-1]]), tuple(with_value(kept, F))
+
+
+def _pullback_tall(f: SkewFunction, X: Tensor, base: Base, kept: Kept, G: Tensor) -> Tensor:
     n, k = X.shape[-2:]
-    P = f.pullback(skew(X), kept, G if n == k else pad(G, (0, n - k)))
-    return P[..., :k].tril_() if n == k else P[..., :k].tril()
+    P = f.pullback(skew(X), None, kept, pad(around_adjoint(base, G), (0, n - k)))
+    return P[..., :k].tril()
+
+
+def _plain_tall(f: SkewFunction, X: Tensor) -> Tensor:
+    return f.plain(skew(X))[..., : X.shape[-1]]
+
+
+def _kept_like_tall(f: SkewFunction, X: Tensor, _base: Base) -> tuple[Tensor, ...]:
+    A = X.new_empty(*X.shape[:-1], X.shape[-2])
+    return tuple(with_value(f.kept_like(A, None), A))
+
+
+_TALL = _Form(_value_tall, _pullback_tall, _plain_tall, _kept_like_tall)
 
 
 # --- n > 2k: a matrix of 2k rows ----------------------------------------------------------------------------------
 
 
-def _value_thin(f: SkewFunction, X: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _value_thin(f: SkewFunction, X: Tensor, base: Base) -> tuple[Tensor, tuple[Tensor, ...]]:
     k = X.shape[-1]
-    Q, R = torch.linalg.qr(X[..., k:, :])
+    Q, R = _qr(X[..., k:, :], precise=f.precise)
     A = _block(skew(X[..., :k, :]), -R.mH, R, torch.zeros_like(R))
-    F, kept = f.value(A)
+    F, kept = f.value(A, None)
     Y = torch.cat([F[..., :k, :k], Q @ F[..., k:, :k]], -2)
-    return Y, (Q, A, *kept)
+    return around(base, Y), (Q, A, *with_value(kept, F))
 
 
-def _pullback_thin(f: SkewFunction, X: Tensor, kept: Kept, G: Tensor) -> Tensor:
+def _qr(X: Tensor, *, precise: bool) -> tuple[Tensor, Tensor]:
+    """Return the QR factors, on the CPU rounded only once where that counts."""
+    wide = torch.promote_types(X.dtype, torch.float64) if precise and X.device.type == "cpu" else X.dtype
+    Q, R = torch.linalg.qr(X.to(wide))
+    return Q.to(X.dtype), R.to(X.dtype)
+
+
+def _pullback_thin(f: SkewFunction, X: Tensor, base: Base, kept: Kept, G: Tensor) -> Tensor:
     k = X.shape[-1]
     Q, A, *rest = kept
+    G = around_adjoint(base, G)
     below = Q.mH @ G[..., k:, :]
-    P = f.pullback(A, rest, pad(torch.cat([G[..., :k, :], below], -2), (0, k)))
+    P = f.pullback(A, None, rest, pad(torch.cat([G[..., :k, :], below], -2), (0, k)))
     F = f.quotient(A, rest, k).mH
     lower = G[..., k:, :] @ F + Q @ (P[..., k:, :k] - below @ F)
     return torch.cat([P[..., :k, :k].tril(), lower], -2)
@@ -178,6 +221,15 @@ def _plain_thin(f: SkewFunction, X: Tensor) -> Tensor:
     M = _block(top, -I, L.mH @ L, -top.mH)
     first, second = f.plain_quotient(M, torch.cat([I, top.mH], -2)).chunk(2, -2)
     return L @ first + pad(I - second, (0, 0, 0, n - k))
+
+
+def _kept_like_thin(f: SkewFunction, X: Tensor, _base: Base) -> tuple[Tensor, ...]:
+    n, k = X.shape[-2:]
+    A = X.new_empty(*X.shape[:-2], 2 * k, 2 * k)
+    return X.new_empty(*X.shape[:-2], n - k, k), A, *with_value(f.kept_like(A, None), A)
+
+
+_THIN = _Form(_value_thin, _pullback_thin, _plain_thin, _kept_like_thin)
 
 
 def _block(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
