@@ -46,6 +46,9 @@ CASES = {
     "spectral norm, dim 0": (spectral_norm((9, 4, 3), 0), 0),
     "spectral norm, dim 1": (spectral_norm((9, 4, 3), 1), 1),
     "spectral norm, dim 1 of a matrix": (spectral_norm((9, 4), 1), 1),
+    "spectral norm, dim 2": (spectral_norm((9, 4, 3), 2), 2),
+    "spectral norm, dim 2 of 4": (spectral_norm((9, 4, 3, 2), 2), 2),
+    "spectral norm, dim 3": (spectral_norm((9, 4, 3, 2), 3), 3),
 }
 
 
@@ -54,7 +57,7 @@ CASES = {
 def test_a_second_formula_agrees_and_finds_a_fault(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_again, "_BLOCK", 24)  # two rows
+    monkeypatch.setattr(_again, "BLOCK", 24)  # two rows
     state, dim = CASES[name]
     safetensors.torch.save_file(
         {key: one.to(dtype) for key, one in state.items()}, tmp_path / "in.safetensors"
@@ -87,6 +90,28 @@ def test_one_long_sum_of_squares_may_round(factor: float, passes: bool, tmp_path
         else:
             with pytest.raises(CheckpointError, match="computed twice, with different results"):
                 check(found, value, result)
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-3])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((256, 256), 8), ((256, 40), 8), ((40, 256), 8), ((600, 20), 0.1)], ids=str
+)
+def test_rounding_of_orthogonal_matrices_grows_with_their_norms(
+    shape: tuple[int, int], size: float, error: float, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    state = {f"{WEIGHT}.original": size * torch.randn(shape), f"{WEIGHT}.0.base": torch.eye(max(shape))}
+    safetensors.torch.save_file(state, tmp_path / "in.safetensors")
+    with open_checkpoint(tmp_path / "in.safetensors") as file:
+        (found,) = scan(file, Options({"layer.weight": "matrix_exp"})).found
+        result = found.evaluate(found.item)
+        value = result.tensor.contiguous()
+        value[3, 5] += error
+        if not error:
+            check(found, value, result)
+            return
+        with pytest.raises(CheckpointError, match="computed twice, with different results"):
+            check(found, value, result)
 
 
 MEASURE = """

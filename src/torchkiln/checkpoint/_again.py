@@ -6,6 +6,7 @@ The formulas run over blocks that stay in the processor's cache, and so need no 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.evaluate import Evaluation
 from torchkiln.checkpoint._scan import Found
 
-__all__ = ["Expected", "expected", "row_scales", "slices"]
+__all__ = ["BLOCK", "Expected", "expected", "row_scales", "slices"]
 
-_BLOCK = 1 << 17
+# How many numbers a block has: with what is computed from them they stay in the second-level cache.
+BLOCK = 1 << 17
 # How many partial sums torch keeps, at the least, where it sums up a whole tensor.
 _LANES = 32
 
@@ -26,7 +28,7 @@ Expected = Callable[[slice], Tensor]
 
 def slices(tensor: Tensor) -> Iterator[slice]:
     """Yield the rows of a tensor, some at a time."""
-    rows = max(1, _BLOCK // max(1, tensor[:1].numel()))
+    rows = max(1, BLOCK // max(1, tensor[:1].numel()))
     return (slice(start, start + rows) for start in range(0, tensor.shape[0], rows))
 
 
@@ -48,7 +50,7 @@ def expected(found: Found, value: Tensor, evaluation: Evaluation) -> Expected | 
     if kind == "weight_norm":
         g, v = originals
         return _weight_norm(g, v, value, evaluation.dim)
-    if kind == "spectral_norm" and evaluation.dim in (0, 1):
+    if kind == "spectral_norm" and evaluation.dim is not None:
         u, v = (found.read(key).detach().double() for key in item.steps[0].state)
         return _spectral_norm(originals[0], u, v, evaluation.dim)
     return None
@@ -79,7 +81,7 @@ def row_scales(g: Tensor, v: Tensor) -> Tensor:
     """Return what rows of v are multiplied by to have the lengths g: 0 for rows of zeros. Both are of one dtype."""
     over = list(range(1, v.ndim))
     # A long sum in float32 loses digits; the accumulator of the kernel that made the value is its own.
-    wide = torch.float64 if v[:1].numel() > _BLOCK else None
+    wide = torch.float64 if v[:1].numel() > BLOCK else None
     norm = torch.linalg.vector_norm(v, dim=over, keepdim=True, dtype=wide).to(v.dtype) if over else v.abs()
     return g / norm.masked_fill(norm == 0, torch.inf)
 
@@ -99,15 +101,14 @@ def _as_summed(scale: Tensor, v: Tensor, value: Tensor, squares: Tensor) -> Tens
 
 def _spectral_norm(W: Tensor, u: Tensor, v: Tensor, dim: int) -> Expected:
     sigma = torch.zeros((), dtype=torch.float64)
+    between, behind = prod(W.shape[1:dim]), prod(W.shape[dim + 1 :])
     # The entries of v are those of the other dims in their order, the first one first.
-    v = v.reshape(1, -1) if dim == 0 else v.reshape(W.shape[0], -1)
+    v = v.reshape(W.shape[0] if dim else 1, between, behind)
     for rows in slices(W):
         part = W[rows].double()
         if dim == 0:
-            sigma += u[rows] @ (part.flatten(1) @ v[0])
+            sigma += u[rows] @ (part.flatten(1) @ v.flatten())
         else:
-            sigma += torch.einsum(
-                "abr,b,ar->", part.flatten(2) if part.ndim > 2 else part[..., None], u, v[rows]
-            )
+            sigma += torch.einsum("abrc,r,abc->", part.reshape(-1, between, len(u), behind), u, v[rows])
     dtype = fold.compute_dtype(W.dtype)
     return lambda rows: W[rows].to(dtype) / sigma.to(dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchkiln._core.errors import CheckpointError
 from torchkiln._core.spellings import fold
 from torchkiln._core.spellings.evaluate import Evaluation
-from torchkiln.checkpoint._again import Expected, expected, slices
+from torchkiln.checkpoint._again import BLOCK, Expected, expected, slices
 from torchkiln.checkpoint._blocks import block_by_block
 from torchkiln.checkpoint._scan import Found
 
@@ -24,6 +24,7 @@ __all__ = [
     "check_block",
     "check_merged",
     "check_merged_block",
+    "differences",
     "errors",
     "magnitude",
     "overflows",
@@ -32,7 +33,6 @@ __all__ = [
 
 # Rounding of a sum of products in the dtype it is computed in, relative to the tensor's largest magnitude.
 _ROUNDINGS = 256
-_BLOCK = 1 << 17
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def overflows(value: Tensor, source: Tensor) -> bool:
 
 def _compare(found: Found, value: Tensor, expected: Tensor) -> None:
     """Raise unless two results agree, values that are not finite where they are the same."""
-    _, relative = errors(value, expected)
+    _, relative = differences(found, value, expected)
     reason = beyond(relative, _least_precise(found.item.entry.dtype, value.dtype), folded=True)
     if reason:
         raise CheckpointError(
@@ -180,11 +180,39 @@ def magnitude(tensor: Tensor) -> float:
     return max(-float(low), float(high)) if bool(low == low) else math.nan
 
 
+def differences(found: Found, value: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Return the largest difference of a recomputed tensor, and the same relative to what its rounding grows with.
+
+    That is the largest magnitude, and for orthogonal matrices more: they come from products of such matrices, in which
+    small entries are as far off as large ones.
+    """
+    absolute, relative = errors(value, exact)
+    if value.numel() and any(step.kind == "orthogonal" for step in found.item.steps):
+        relative = absolute / (max(_longest(value)) * (1 + _squarings(found) / _ROUNDINGS))
+    return absolute, relative
+
+
+def _squarings(found: Found) -> float:
+    """Return what rounding of an exponential grows with: the norm of its argument, for it is squared as often."""
+    X, (step, *_) = found.item.originals[-1], found.item.steps
+    if step.map != "matrix_exp" or X not in found.group.entries:
+        return 0.0
+    # Of the skew matrix that X stands for: its columns are those of X, and its rows.
+    return sum(_longest(found.read(X).detach(), power=1))
+
+
+def _longest(tensor: Tensor, power: float = 2) -> tuple[float, float]:
+    """Return the largest norm of a row and of a column."""
+    wide = tensor.to(fold.compute_dtype(tensor.dtype))
+    rows, columns = (float(torch.linalg.vector_norm(wide, power, dim=dim).max()) for dim in (-1, -2))
+    return rows, columns
+
+
 def errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
     """Return the largest difference, and the same over the largest magnitude."""
     wide = _widest(value.dtype, exact.dtype)
     absolute, scale = 0.0, 0.0
-    for a, b in zip(torch.split(value.flatten(), _BLOCK), torch.split(exact.flatten(), _BLOCK), strict=True):
+    for a, b in zip(torch.split(value.flatten(), BLOCK), torch.split(exact.flatten(), BLOCK), strict=True):
         difference, largest = _errors(a.to(wide), b.to(wide))
         absolute = difference if math.isnan(difference) else max(absolute, difference)
         scale = max(scale, largest)

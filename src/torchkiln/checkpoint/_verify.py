@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError, NothingToFoldError
 from torchkiln._core.spellings.options import Options
-from torchkiln.checkpoint._check import beyond, errors
+from torchkiln.checkpoint._check import beyond, differences, errors
 from torchkiln.checkpoint._io import CheckpointFile, Entry, Group
 from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import Checked, Note, Verification
@@ -94,7 +94,7 @@ def _check(found: Found) -> tuple[Checked, list[str]]:
     item = found.item
     result = found.evaluate(item)
     exact = found.exact(item).tensor
-    absolute, relative = errors(result.tensor.to(item.entry.dtype), exact)
+    absolute, relative = differences(found, result.tensor.to(item.entry.dtype), exact)
     reason = "; ".join(result.warnings) or beyond(relative, item.entry.dtype, folded=True)
     return Checked(found.name, item.spelling, absolute, relative, not reason, reason), result.warnings
 
