@@ -371,18 +371,14 @@ class _SpectralNorm(AdvancingStep):
         rows = torch.stack([*weights]).movedim(first.dim + 1, 1)
         M = rows.flatten(2)
 
-        def advance(xs: list[Tensor], states: list[tuple[Tensor, ...]]) -> Sequence[tuple[Tensor, ...]]:
-            matrices = (
-                M.detach()
-                if len(xs) == len(M)
-                else torch.stack([spectral_maps.as_matrix(x, first.dim) for x in xs])
-            )
+        def advance(behind: list[int], states: list[tuple[Tensor, ...]]) -> Sequence[tuple[Tensor, ...]]:
+            matrices = M.detach() if len(behind) == len(M) else M.detach()[behind]
             u, v = (torch.stack(vectors) for vectors in zip(*states, strict=True))
             u, v = spectral_batch.iterate(matrices, u, v, steps=first.n_power_iterations, eps=first.eps)
             return list(zip(u.unbind(), v.unbind(), strict=True))
 
         with full_precision(M):
-            states = AdvancingStep.current_states(steps, weights, advance)
+            states = AdvancingStep.current_states(steps, advance)
             u, v = (torch.stack(vectors) for vectors in zip(*states, strict=True))
             return spectral_batch.normalize(M, u, v).view_as(rows).movedim(1, first.dim + 1).unbind()
 

@@ -114,7 +114,9 @@ class Scope(dict[Key, Tensor]):
             try:
                 if (node := value.grad_fn) not in graphs:
                     graphs[node] = Graph(node)
-                proof = Proof(value, owner, graph=graphs[node], forget=_Forget(self, other))
+                proof = self.proofs.get(other)
+                if proof is None or not proof.renew(value, owner, graph=graphs[node]):
+                    proof = Proof(value, owner, graph=graphs[node], forget=_Forget(self, other))
             # No version counter (inference), or no memory of its own (meta, subclasses).
             except (RuntimeError, TypeError):
                 continue

@@ -70,18 +70,19 @@ class AdvancingStep(nn.Module):
 
     @staticmethod
     def current_states(
-        steps: Sequence[AdvancingStep],
-        xs: Sequence[Tensor],
-        advance: Callable[[list[Tensor], list[State]], Sequence[State]],
+        steps: Sequence[AdvancingStep], advance: Callable[[list[int], list[State]], Sequence[State]]
     ) -> list[State]:
-        """Return :meth:`current_state` of each step, those that are to advance advanced by one call of ``advance``."""
+        """Return :meth:`current_state` of each step, those that are to advance advanced by one call of ``advance``.
+
+        It is given which of the steps they are, and their states.
+        """
         changes = [step.__dict__.pop("_change", None) for step in steps]
         found = [step._current_progress() for step in steps]
         states = [progress.state for progress in found]
         behind = [i for i, step in enumerate(steps) if step._is_behind(found[i], changes[i])]
         if behind:
             with torch.no_grad():
-                new = advance([xs[i].detach() for i in behind], [states[i] for i in behind])
+                new = advance(behind, [states[i] for i in behind])
             for i, state in zip(behind, new, strict=True):
                 states[i] = steps[i]._advanced(changes[i], state)
         return states
