@@ -207,11 +207,15 @@ PREPARED = {"a tensor of a step"}
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("computed", ["once", "twice"])
 @row(4, ISSUE, torch="the value is kept until the scope closes")
-def test_04_a_change_inside_is_seen(impl: Impl, change: str) -> None:
+def test_04_a_change_inside_is_seen(impl: Impl, computed: str, change: str) -> None:
     layer = scaled(impl)
     step_of(layer).shift.fill_(1.0 if change in PREPARED else 0.0)
     with impl.P.cached():
+        if computed == "twice":
+            assert layer.weight is layer.weight
+            write(impl, layer)
         before = layer.weight.clone()
         CHANGES[change](impl, layer)
         after = fresh(layer)
