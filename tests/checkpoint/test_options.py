@@ -303,13 +303,70 @@ def test_a_copy_can_rename_and_cast(source: Path, tmp_path: Path) -> None:
     assert read["a.bias"].dtype == torch.float64
 
 
+SPELLED = {
+    "torch": ["a.parametrizations.weight.original0", "a.parametrizations.weight.original1"],
+    "legacy": ["a.weight_g", "a.weight_v"],
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("before", "to"), [("legacy", "torch"), ("torch", "legacy")])
+def test_spelling_names_and_dtype_change_in_one_run(
+    before: str, to: Any, dtype: torch.dtype | None, source: Path, tmp_path: Path
+) -> None:
+    if before == "torch":
+        checkpoint.convert(source, tmp_path / "new.pt", to="torch")
+        source = tmp_path / "new.pt"
+    once = checkpoint.convert(source, tmp_path / "once.pt", to=to, rename={"module.": ""}, dtype=dtype)
+    checkpoint.convert(source, tmp_path / "first.pt", to=to)
+    checkpoint.convert(tmp_path / "first.pt", tmp_path / "second.pt", rename={"module.": ""}, dtype=dtype)
+    found, expected = torch.load(tmp_path / "once.pt"), torch.load(tmp_path / "second.pt")
+    assert list(found)[:2] == SPELLED[to]
+    assert list(found) == list(expected)
+    assert all(same_bits(found[key], expected[key]) for key in expected)
+    (row,) = once.rows
+    assert row.written == tuple(SPELLED[to])
+    assert row.dtype == str(dtype or torch.float32).removeprefix("torch.")
+    assert not row.keys[0].startswith("a.")
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16], ids=str)
+def test_norms_are_put_in_under_new_names_and_dtypes(
+    dtype: torch.dtype | None, norm: str, tmp_path: Path
+) -> None:
+    torch.save({"module.conv.weight": torch.randn(4, 6), "module.bias": torch.ones(2)}, tmp_path / "in.pt")
+    options: dict[str, Any] = {norm: ["module.conv.weight"], "rename": {"module.": ""}, "dtype": dtype}
+    checkpoint.convert(tmp_path / "in.pt", tmp_path / "out.pt", to="torch", **options)
+    checkpoint.convert(tmp_path / "in.pt", tmp_path / "plain.pt", rename={"module.": ""}, dtype=dtype)
+    checkpoint.bake(tmp_path / "out.pt", tmp_path / "back.pt")
+    back, plain = torch.load(tmp_path / "back.pt"), torch.load(tmp_path / "plain.pt")
+    assert list(back) == list(plain) == ["conv.weight", "bias"]
+    assert {one.dtype for one in torch.load(tmp_path / "out.pt").values()} == {dtype or torch.float32}
+    wide = plain["conv.weight"].double()
+    expected = wide if norm == "weight_norm" else wide / torch.linalg.matrix_norm(wide, 2)
+    rounding = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(back["conv.weight"].double(), expected, rtol=rounding, atol=rounding)
+
+
+def test_new_names_that_collide_are_refused(tmp_path: Path) -> None:
+    torch.save({"x.weight": torch.randn(3, 2), "y.weight_g": torch.ones(1)}, tmp_path / "in.pt")
+    options: dict[str, Any] = {"to": "legacy", "weight_norm": ["x.weight"], "rename": {"x.": "y."}}
+    with pytest.raises(CheckpointError, match=r"rename: 2 tensors would have the name 'y\.weight_g'"):
+        checkpoint.convert(tmp_path / "in.pt", tmp_path / "out.pt", **options)
+    assert not (tmp_path / "out.pt").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"weight_norm": ["*"]}, 'weight_norm: needs to="torch" or to="legacy"'),
         ({"assume": {"*": "identity"}}, 'assume: "\\*" is of no use'),
-        ({"to": "torch", "dtype": torch.float16}, "dtype: not together with a change of spelling"),
-        ({"to": "legacy", "rename": {"a": ""}}, "rename: not together with a change of spelling"),
+        ({"to": "torch", "rename": {"a.": ""}}, 'rename: no tensor of .*in.pt begins with "a."'),
+        (
+            {"to": "torch", "rename": {"module.a": "module.b"}, "weight_norm": ["module.b.*"]},
+            "matches no plain tensor",
+        ),
     ],
 )
 def test_a_copy_refuses_what_it_would_ignore(options: dict[str, Any], text: str, source: Path) -> None:

@@ -50,11 +50,18 @@ class Casting:
         """Yield what is to happen to tensors, by group and key; those that stay as they are have no change."""
         for group, keys in plain.items():
             for key in keys:
-                name, own = self.rename(key), group.entries[key].dtype
-                if self.dtype is not None and own.is_floating_point and own != self.dtype:
-                    yield Change(group, (key,), {name: self._cast(group, key, self.dtype)})
-                elif name != key:
-                    yield Change(group, (key,), {name: Kept(key)})
+                name, output = self.rename(key), self.of(group, key)
+                if name != key or isinstance(output, Made):
+                    yield Change(group, (key,), {name: output})
+
+    def of(self, group: Group, key: str) -> Kept | Made:
+        """Return a tensor in the dtype that it is to have."""
+        own, dtype = group.entries[key].dtype, self.dtype_of(group.entries[key])
+        return Kept(key) if dtype == own else self._cast(group, key, dtype)
+
+    def dtype_of(self, entry: Entry) -> torch.dtype:
+        """Return the dtype that a tensor is to have."""
+        return entry.dtype if self.dtype is None or not entry.dtype.is_floating_point else self.dtype
 
     def notes(self, changes: Sequence[Change]) -> list[Note]:
         """Return how many tensors change their dtype, and which of them do not fit it."""

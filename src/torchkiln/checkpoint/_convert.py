@@ -17,11 +17,13 @@ from torchkiln._core.errors import CheckpointError, NothingToFoldError
 from torchkiln._core.spellings.options import Options, Patterns
 from torchkiln._core.spellings.spelled import Norm, Style, norm_keys
 from torchkiln.checkpoint._bake import bake
+from torchkiln.checkpoint._cast import Casting
 from torchkiln.checkpoint._copy import Layout, copied
 from torchkiln.checkpoint._io import Change, CheckpointFile, Entry, Group, Kept, Label, Made
 from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import FileReport, Folded, Note
 from torchkiln.checkpoint._scan import Found, Scan, scan
+from torchkiln.checkpoint._select import Renaming
 from torchkiln.checkpoint._specs import Also
 from torchkiln.checkpoint._split import split
 from torchkiln.checkpoint._write import Container, Progress, plan_notes
@@ -64,8 +66,8 @@ def convert(
         assume: As for :func:`bake`.
         dims: Name pattern to normalized dim, of plain tensors too; 0 where none is given.
         also: As for :func:`bake`.
-        rename: As for :func:`bake`; not together with a change of spelling.
-        dtype: As for :func:`bake`; not together with a change of spelling.
+        rename: As for :func:`bake`; patterns are for the names before.
+        dtype: As for :func:`bake`.
         container: As for :func:`bake`.
         max_shard_size: As for :func:`bake`.
         dry_run: As for :func:`bake`.
@@ -115,21 +117,31 @@ def convert(
         )
     if to not in ("legacy", "torch"):
         raise CheckpointError(f'to: expected "torch", "legacy" or "plain", got {to!r}.')
-    if rename or dtype:
-        raise CheckpointError(
-            f"{'rename' if rename else 'dtype'}: not together with a change of spelling.\n"
-            "Run convert twice: first for the spelling alone, then for this, on what it wrote."
-        )
+    options = Options(assume, dims)
     with open_checkpoint(source) as file:
-        options = Options(assume, dims)
-        scanned = scan(file, options, also=also)
-        jobs = [*_renamings(scanned, to), *_splittings(file, scanned, to, norms, options)]
+        scanned, casting = scan(file, options, also=also), Casting(file, Renaming(rename), dtype)
+        jobs = [
+            *_renamings(scanned, to, casting),
+            *_splittings(scanned, to, casting, norms=norms, options=options),
+        ]
         _check(jobs, source=str(source), to=to, norms=norms, options=options)
-        plan = layout.plan(file, [job.change() for job in jobs], Path(target))
+        changes = [job.change() for job in jobs] + list(casting.changes(_others(file, jobs)))
+        if rename:
+            casting.rename.check_all(file.groups, changes, str(source))
+        else:
+            _check_free(jobs, str(source))
+        plan = layout.plan(file, changes, Path(target))
         size = layout.write(plan)
-        notes = (*scanned.notes, *_kept(scanned, to), *plan_notes(file, plan, dry_run=dry_run))
+        notes = (*scanned.notes, *_kept(scanned, to), *casting.notes(changes))
+        notes += tuple(plan_notes(file, plan, dry_run=dry_run))
         kept = len(file.entries) - sum(len(job.keys) for job in jobs)
     return FileReport(str(source), str(target), tuple(job.row() for job in jobs), kept, notes, size, dry_run)
+
+
+def _others(file: CheckpointFile, jobs: Sequence[_Job]) -> dict[Group, list[str]]:
+    """Return the keys that are not rewritten, by group."""
+    taken = {(job.group, key) for job in jobs for key in job.keys}
+    return {group: [key for key in group.entries if (group, key) not in taken] for group in file.groups}
 
 
 def _refuse_norms(to: str | None, norms: Mapping[Norm, Patterns]) -> None:
@@ -153,6 +165,7 @@ class _Job:
     entry: Entry
     keys: tuple[str, ...]
     outputs: Mapping[str, Kept | Made]
+    dtype: torch.dtype
     before: tuple[Label, ...]
     after: tuple[Label, ...]
     dim: int | None = None
@@ -167,7 +180,7 @@ class _Job:
             self.group.full_name(self.name),
             self.spelling,
             self.entry.shape,
-            str(self.entry.dtype).removeprefix("torch."),
+            str(self.dtype).removeprefix("torch."),
             self.keys,
             tuple(self.outputs),
             self.dim,
@@ -186,28 +199,33 @@ def _norm_of(found: Found) -> Norm | None:
     return kind if kind in ("spectral_norm", "weight_norm") and not found.blocked else None
 
 
-def _renamings(scanned: Scan, to: Style) -> Iterator[_Job]:
+def _renamings(scanned: Scan, to: Style, casting: Casting) -> Iterator[_Job]:
     for found in scanned.found:
-        norm = _norm_of(found)
-        if (
-            norm is None
-            or found.item.style == to
-            or len(found.item.inputs) != len(norm_keys(found.item.name, to, norm))
-        ):
+        norm, item = _norm_of(found), found.item
+        if norm is None or item.style == to:
             continue
-        (label,) = found.labels
-        keys = norm_keys(found.item.name, to, norm)
+        keys = norm_keys(casting.rename(item.name), to, norm)
+        if len(item.inputs) != len(keys):
+            continue
         yield _Job(
             group=found.group,
-            name=found.item.name,
-            spelling=found.item.spelling,
-            entry=found.item.entry,
+            name=item.name,
+            spelling=item.spelling,
+            entry=item.entry,
             keys=found.keys,
-            outputs=dict(zip(keys, map(Kept, found.item.inputs), strict=True)),
+            outputs={
+                key: casting.of(found.group, source) for key, source in zip(keys, item.inputs, strict=True)
+            },
+            dtype=casting.dtype_of(item.entry),
             before=found.labels,
-            after=(Label(label.prefix, label.tensor, to, norm),),
-            assumptions=found.item.assumptions,
+            after=(_label(casting.rename(item.name), to, norm),),
+            assumptions=item.assumptions,
         )
+
+
+def _label(name: str, to: Style, norm: Norm) -> Label:
+    prefix, dot, tensor = name.rpartition(".")
+    return Label(prefix + dot, tensor, to, norm)
 
 
 def _kept(scanned: Scan, to: Style) -> Iterator[Note]:
@@ -221,14 +239,14 @@ def _kept(scanned: Scan, to: Style) -> Iterator[Note]:
 
 
 def _splittings(
-    file: CheckpointFile, scanned: Scan, to: Style, norms: Mapping[Norm, Patterns], options: Options
+    scanned: Scan, to: Style, casting: Casting, *, norms: Mapping[Norm, Patterns], options: Options
 ) -> Iterator[_Job]:
     for group, keys in scanned.plain.items():
         local = options.within(group.path)
         for key in keys:
             norm = _asked(group, key, norms)
             if norm is not None:
-                yield _splitting(file, group, key, norm=norm, to=to, options=local)
+                yield _splitting(casting, group, key, norm=norm, to=to, options=local)
 
 
 def _asked(group: Group, key: str, norms: Mapping[Norm, Patterns]) -> Norm | None:
@@ -248,22 +266,20 @@ def _asked(group: Group, key: str, norms: Mapping[Norm, Patterns]) -> Norm | Non
     return None
 
 
-def _splitting(
-    file: CheckpointFile, group: Group, key: str, *, norm: Norm, to: Style, options: Options
-) -> _Job:
-    entry = group.entries[key]
+def _splitting(casting: Casting, group: Group, key: str, *, norm: Norm, to: Style, options: Options) -> _Job:
+    entry, name = group.entries[key], casting.rename(key)
     dim, assumptions = _chosen_dim(key, entry, norm, options)
-    prefix, dot, tensor = key.rpartition(".")
-    halves = _Halves(file, group, key, norm=norm, dim=dim)
+    halves = _Halves(casting, group, key, norm=norm, dim=dim)
     return _Job(
         group=group,
         name=key,
         spelling="plain",
         entry=entry,
         keys=(key,),
-        outputs=halves.outputs(norm_keys(key, to, norm)),
+        outputs=halves.outputs(norm_keys(name, to, norm)),
+        dtype=casting.dtype_of(entry),
         before=(),
-        after=(Label(prefix + dot, tensor, to, norm),),
+        after=(_label(name, to, norm),),
         dim=dim,
         assumptions=assumptions,
         notes=halves.notes,
@@ -273,15 +289,15 @@ def _splitting(
 class _Halves:
     """What one plain tensor is split into: computed once, at the first of the parts, and gone with the last."""
 
-    def __init__(self, file: CheckpointFile, group: Group, key: str, *, norm: Norm, dim: int | None) -> None:
-        self._file, self._group, self._key, self._norm, self._dim = file, group, key, norm, dim
+    def __init__(self, casting: Casting, group: Group, key: str, *, norm: Norm, dim: int | None) -> None:
+        self._casting, self._group, self._key, self._norm, self._dim = casting, group, key, norm, dim
         self._parts: dict[int, Tensor] = {}
         self._notes: tuple[str, ...] = ()
 
     def outputs(self, keys: tuple[str, ...]) -> dict[str, Kept | Made]:
         shapes = self._shapes()
-        memory = (self._file.identity(self._group, self._key), self._norm, self._dim)
-        dtype = self._group.entries[self._key].dtype
+        memory = (self._casting.file.identity(self._group, self._key), self._norm, self._dim)
+        dtype = self._casting.dtype_of(self._group.entries[self._key])
         like = (self._key,) if self._norm == "weight_norm" else ()
         made = [
             Made(
@@ -293,7 +309,7 @@ class _Halves:
             )
             for index, shape in enumerate(shapes)
         ]
-        kept = [Kept(self._key)] if self._norm == "spectral_norm" else []
+        kept = [self._casting.of(self._group, self._key)] if self._norm == "spectral_norm" else []
         return dict(zip(keys, [*kept, *made], strict=True))
 
     def notes(self) -> tuple[str, ...]:
@@ -310,8 +326,9 @@ class _Halves:
     def _part(self, index: int) -> Tensor:
         if index not in self._parts:
             name = self._group.full_name(self._key)
-            stored = self._file.read(self._group, self._key)
-            parts, self._notes = split(stored, self._dim, norm=self._norm, name=name)
+            stored = self._casting.file.read(self._group, self._key)
+            dtype = self._casting.dtype_of(self._group.entries[self._key])
+            parts, self._notes = split(stored, self._dim, norm=self._norm, name=name, dtype=dtype)
             self._parts = dict(enumerate(parts))
         return self._parts.pop(index).detach().contiguous()
 
@@ -343,6 +360,9 @@ def _check(
             f"{source}: nothing to convert to the {to} spelling; nothing was written.\n"
             "Plain tensors need weight_norm or spectral_norm patterns."
         )
+
+
+def _check_free(jobs: Sequence[_Job], source: str) -> None:
     for job in jobs:
         taken = set(job.group.entries).difference(job.keys).intersection(job.outputs)
         if taken:

@@ -14,9 +14,9 @@ __all__ = ["split"]
 
 @torch.no_grad()
 def split(
-    stored: Tensor, dim: int | None, *, norm: Norm, name: str
+    stored: Tensor, dim: int | None, *, norm: Norm, name: str, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    """Return the tensors of a norm, in the dtype given, and what there is to say about them.
+    """Return the tensors of a norm, and what there is to say about them.
 
     Weight norm gives g and v whose fold is the tensor; spectral norm gives the first singular vectors to keep beside
     the tensor, which a power iteration would converge to.
@@ -26,6 +26,7 @@ def split(
         dim: The normalized dim.
         norm: Which norm.
         name: The tensor's name, for errors.
+        dtype: The dtype to return them in.
 
     Raises:
         CheckpointError: The tensor has values that are not finite, or is all zero and has no spectral norm.
@@ -34,24 +35,24 @@ def split(
     if not bool(torch.isfinite(W).all()):
         raise CheckpointError(f"{name}: has values that are not finite, and so no {norm}.")
     if norm == "weight_norm":
-        return _gain(stored, W, dim)
+        return _gain(W, dim, dtype)
     assert dim is not None
-    return _singular(stored, W, dim, name=name)
+    return _singular(W, dim, dtype, name=name)
 
 
-def _gain(stored: Tensor, W: Tensor, dim: int | None) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    g, v = (part.to(stored.dtype) for part in fold.split_gain(W, dim))
-    back = fold.weight_norm(g.to(W.dtype), v.to(W.dtype), dim).to(stored.dtype)
-    change = float((back.double() - stored.detach().double()).abs().max())
-    notes = (f"rounding to {stored.dtype} moves values by up to {change:.3g}",) if change else ()
+def _gain(W: Tensor, dim: int | None, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    g, v = (part.to(dtype) for part in fold.split_gain(W, dim))
+    back = fold.weight_norm(g.to(W.dtype), v.to(W.dtype), dim).to(dtype)
+    change = float((back.double() - W.double()).abs().max())
+    notes = (f"rounding to {dtype} moves values by up to {change:.3g}",) if change else ()
     return (g, v), notes
 
 
 def _singular(
-    stored: Tensor, W: Tensor, dim: int, *, name: str
+    W: Tensor, dim: int, dtype: torch.dtype, *, name: str
 ) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
     u, v, sigma = fold.singular_pair(W, dim)
     if not sigma > 0:
         raise CheckpointError(f"{name}: is all zero, and so has no spectral norm.")
     notes = (f"reads as the stored value divided by {sigma:.6g}, its largest singular value",)
-    return (u.to(stored.dtype), v.to(stored.dtype)), notes
+    return (u.to(dtype), v.to(dtype)), notes
