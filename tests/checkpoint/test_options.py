@@ -117,14 +117,25 @@ def test_include_and_exclude(
         ({"rename": {"steps": ""}}, "1 tensors would have the name ''"),
         ({"dtype": torch.int8}, r"dtype: expected one of bfloat16, .*, got torch\.int8"),
         ({"container": "onnx"}, "container: expected one of dcp, safetensors, torch, got 'onnx'"),
-        ({"max_shard_size": 0}, "max_shard_size: 0 makes no shards"),
-        ({"max_shard_size": 9, "container": "torch"}, "max_shard_size: 9 makes no shards"),
+        ({"max_shard_size": 0}, "max_shard_size: expected at least one byte, got 0"),
+        ({"max_shard_size": 9, "container": "torch"}, "shards are written as safetensors, not as torch"),
     ],
 )
 def test_options_that_fit_nothing_are_refused(options: dict[str, Any], text: str, source: Path) -> None:
     with pytest.raises(CheckpointError, match=text):
         checkpoint.bake(source, source.with_name("out"), **options)
     assert [path.name for path in source.parent.iterdir()] == ["in.pt"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin"])
+def test_shards_do_not_get_the_name_of_a_file(suffix: str, source: Path) -> None:
+    before = sorted(source.parent.iterdir())
+    text = rf"out\{suffix}: shards and their .*index\.json are written as a directory.*\n.*such as .*/out, or"
+    with pytest.raises(CheckpointError, match=text):
+        checkpoint.bake(source, source.with_name(f"out{suffix}"), max_shard_size=100)
+    with pytest.raises(CheckpointError, match=text):
+        checkpoint.save(torch.nn.Linear(2, 2), source.with_name(f"out{suffix}"), max_shard_size=100)
+    assert sorted(source.parent.iterdir()) == before
 
 
 def test_everything_excluded_is_nothing_folded(source: Path) -> None:

@@ -130,7 +130,7 @@ ShardSize = Annotated[
     typer.Option(
         "--max-shard-size",
         metavar="SIZE",
-        help="Write OUT as a directory of safetensors shards with their index, so large each: 5GB, 200MB.",
+        help="Write OUT as a directory of safetensors shards, each so large at most, and their index: 5GB, 200MB.",
     ),
 ]
 KeepGoing = Annotated[

@@ -20,9 +20,11 @@ from torchkiln.checkpoint._safetensors_header import make_header, read_header
 from torchkiln.checkpoint._stream import Advance, Job, pump
 from torchkiln.checkpoint._team import Team
 
-__all__ = ["SafetensorsSink", "flat"]
+__all__ = ["FILE_SUFFIXES", "SafetensorsSink", "check_directory", "flat"]
 
 INDEX = "model.safetensors.index.json"
+# What the name of one file ends in, and so no directory of shards.
+FILE_SUFFIXES = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors", ".tar"})
 # A tensor that was expanded is stored with strides of zero. It is written out as long as that is no bomb.
 _MOST_REPEATS, _SMALL = 64, 1 << 24
 
@@ -141,6 +143,19 @@ def _shards(entries: Mapping[str, Entry], most: int | None) -> list[list[str]]:
         shards[-1].append(key)
         used += size
     return shards
+
+
+def check_directory(target: Path) -> None:
+    """Raise if the directory of shards would have the name of a file: programs go by the suffix.
+
+    Raises:
+        CheckpointError: Its name ends as that of a checkpoint file.
+    """
+    if target.suffix in FILE_SUFFIXES:
+        raise CheckpointError(
+            f"{target}: shards and their {INDEX} are written as a directory, and {target.suffix} is the suffix of a "
+            f"file.\nName a directory, such as {target.with_suffix('')}, or leave out the size of shards."
+        )
 
 
 def flat(content: Content, *, target: Path) -> dict[str, tuple[Entry, Piece]]:

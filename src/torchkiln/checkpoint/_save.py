@@ -23,7 +23,7 @@ from torchkiln.checkpoint._inspect import inspect
 from torchkiln.checkpoint._io import CheckpointFile, Made
 from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import Inspection
-from torchkiln.checkpoint._safetensors_sink import SafetensorsSink
+from torchkiln.checkpoint._safetensors_sink import SafetensorsSink, check_directory
 from torchkiln.checkpoint._specs import Also, build_step, spec_of
 from torchkiln.checkpoint._team import ALONE
 
@@ -79,8 +79,10 @@ def save(
     descriptions = dict(_descriptions(model))
     metadata = {"format": "pt"} | ({KEY: text_of(descriptions)} if descriptions else {})
     tensors = {key: (_entry(value), _made(key, value)) for key, value in _tensors(model)}
-    sink = SafetensorsSink(tensors, metadata, max_shard_size=max_shard_size)
     target = Path(path)
+    if max_shard_size is not None:
+        check_directory(target)
+    sink = SafetensorsSink(tensors, metadata, max_shard_size=max_shard_size)
     with replacing(target, sources=[], force=force, directory=max_shard_size is not None) as temporary:
         sink.write(temporary, lambda _size, _name: None, ALONE)
     return inspect(target, also=_own_classes(model))

@@ -15,7 +15,7 @@ from torchkiln.checkpoint._description import carried
 from torchkiln.checkpoint._io import Change, CheckpointFile, Content, Made, Piece
 from torchkiln.checkpoint._read_back import check_copies, copies
 from torchkiln.checkpoint._report import Note
-from torchkiln.checkpoint._safetensors_sink import SafetensorsSink, flat
+from torchkiln.checkpoint._safetensors_sink import FILE_SUFFIXES, SafetensorsSink, check_directory, flat
 from torchkiln.checkpoint._stream import Advance
 from torchkiln.checkpoint._team import ALONE, Team
 from torchkiln.checkpoint._torch_sink import TorchSink
@@ -28,7 +28,6 @@ Container = Literal["dcp", "safetensors", "torch"]
 Progress = Callable[[int, int, str], None]
 """Called with how much is done, of how much, and the name of the last tensor."""
 
-_TORCH_SUFFIXES = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
 _SHARD_SIZE = 5_000_000_000
 # What a disk of today writes, and what Python and torch take: the estimate of a dry run needs them, and nothing else.
 _RATE = 1_000_000_000
@@ -183,15 +182,19 @@ def chosen_container(
             f"container: expected one of {', '.join(get_args(Container))}, got {container!r}."
         )
     if max_shard_size is not None:
-        if container not in (None, "safetensors") or max_shard_size < 1:
-            raise CheckpointError(f"max_shard_size: {max_shard_size} makes no shards of safetensors.")
+        if max_shard_size < 1:
+            raise CheckpointError(f"max_shard_size: expected at least one byte, got {max_shard_size}.")
+        if container not in (None, "safetensors"):
+            raise CheckpointError(
+                f"max_shard_size: shards are written as safetensors, not as {container}.\nLeave one of them out."
+            )
         return "safetensors", max_shard_size
     if container is not None:
         shards = container == "safetensors" and source.container == "sharded safetensors"
         return container, _SHARD_SIZE if shards and target.suffix != ".safetensors" else None
     if target.suffix == ".safetensors":
         return "safetensors", None
-    if target.suffix in _TORCH_SUFFIXES or source.container.startswith("torch "):
+    if target.suffix in FILE_SUFFIXES or source.container.startswith("torch "):
         return "torch", None
     if source.container == "dcp":
         return "dcp", None
@@ -219,6 +222,8 @@ def plan_copy(
         CheckpointError: The content does not fit the container.
     """
     kind, shard_size = chosen_container(target, file, container=container, max_shard_size=max_shard_size)
+    if shard_size is not None:
+        check_directory(target)
     kept = copies(file, changes)  # before the content is taken, which uses the groups up
     content = file.changed(changes)
     return Plan(
