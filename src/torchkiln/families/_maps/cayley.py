@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchkiln.families._maps.hermitian import minus_adjoint
 from torchkiln.families._maps.products import add_product
-from torchkiln.families._maps.skew import SkewFunction, minus_adjoint
+from torchkiln.families._maps.skew import SkewFunction
 
 __all__ = ["CAYLEY"]
 

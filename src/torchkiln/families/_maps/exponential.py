@@ -1,116 +1,156 @@
-r"""The exponential of skew-Hermitian matrices and its derivative, by few products.
+r"""The exponential of skew-Hermitian matrices and its derivative, by few products and in few buffers.
 
 **Value.** :math:`e^A = (e^{A/2^s})^{2^s}`, the inner one as C + S, an even and an odd polynomial: the Chebyshev series
 of cos and sin on the interval of the spectrum, which need fewer terms than Taylor's. Four products make both. Three
 are squares of skew or Hermitian matrices, of which one half is computed and the other its adjoint:
 
-.. math:: B = A^2, \quad B_2 = B^2, \quad W = (B_2 + a B)^2, \quad C + S = F H + \ldots
+.. math:: B = A^2, \quad M = B^2 + a B, \quad W = M^2, \quad C + S = y F H + \ldots
 
-F is a sum of :math:`W, B_2, B, A`, and H and what is added are sums of :math:`B_2, B, A, I`. As A is normal, traces of
-its powers bound its norm well, and s stays small.
+F is W, H is M, each with a sum of lower powers, and what is added is such a sum. As A is normal, traces of its powers
+bound its norm well, and s stays small.
 
 **Derivative.** The same products in reverse. Of a cotangent of B only the Hermitian part counts, and of one of A the
-skew one, so that a square costs one product; there are five in all, and two for each of the s squarings.
+skew one, so that a square costs one product; there are five in all, and two for each of the s squarings. W and B are
+kept as the two halves of one matrix.
 
-s and the coefficients are chosen on the host, from a few numbers: on a device it waits for them, in the value alone.
+s and the coefficients are chosen on the host, from a few numbers: a device is waited for once, in the value alone.
+While a graph is captured, which forbids it, the device chooses s itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from torchkiln.families._maps.explicit import around, around_adjoint
-from torchkiln.families._maps.exponential_series import Series, plan, spectral_bound
-from torchkiln.families._maps.skew import SkewFunction, minus_adjoint, plus_adjoint
+from torchkiln.families._maps.exponential_series import Series, moments, plan, spectral_bound, widest
+from torchkiln.families._maps.exponential_steps import (
+    Steps,
+    can_wait,
+    chosen_by_device,
+    computed,
+    divided,
+    taken,
+)
+from torchkiln.families._maps.hermitian import minus_adjoint, packed, plus_adjoint, square, unpacked
+from torchkiln.families._maps.products import add_product, add_product_
+from torchkiln.families._maps.skew import SkewFunction
 
 __all__ = ["EXPONENTIAL"]
 
+# W and B, packed; and bounds of the norms of A on the host, or the numbers of squarings where a device chose them.
 Kept = tuple[Tensor, Tensor]
-# From which size on half a square is computed: below, its copying takes as long as the other half.
-_LARGE = 256
 
 
 # --- the value ----------------------------------------------------------------------------------------------------
 
 
 def _value(A: Tensor, base: Tensor | None) -> tuple[Tensor, Kept]:
-    """Return the exponential of ``A``, of 2 or 3 dimensions, around the base, and what the other functions need.
-
-    That is W, and a bound of the norm of A.
-    """
-    F, kept = _exponential(A)
-    return around(base, F), kept
+    """Return the exponential of ``A``, of 2 or 3 dimensions, around the base, and what the other functions need."""
+    Q, kept = _exponential(A)
+    return around(base, Q), kept
 
 
 def _exponential(A: Tensor) -> tuple[Tensor, Kept]:
-    norms = torch.linalg.vector_norm(A, dim=(-2, -1))
-    largest = float(norms.max())
-    if A.ndim == 3 and largest > max(2, 8 * float(norms.min())):  # they need different numbers of squarings
-        values, kept = zip(*map(_exponential, A), strict=True)
-        Ws, bounds = zip(*kept, strict=True)
-        return torch.stack(values), (torch.stack(Ws), torch.stack(bounds))
-    # No power may overflow.
-    size = 2.0 ** math.ceil(math.log2(largest)) if 2**9 < largest < math.inf else 1.0
-    A = A / size if size > 1 else A
-    B = _square(A)
-    B2 = _square(B)
-    bound = size * spectral_bound(A, B, B2)
+    B = square(A)
+    B2 = square(B)
+    if not can_wait(A):
+        return _by_device(A, B, B2)
+    bounds = [spectral_bound(row, A) for row in _read(moments(B, B2))]
+    if not all(map(math.isfinite, bounds)):
+        return _of_large(A)
+    if max(bounds) > max(2, 8 * min(bounds)):  # they need different numbers of squarings
+        return _stacked(_by_host(*each) for each in zip(A, B, B2, bounds, strict=True))
+    return _by_host(A, B, B2, max(bounds))
+
+
+def _read(numbers: Tensor) -> list[list[float]]:
+    """Return rows of numbers; a device is waited for."""
+    rows: list[list[float]] = numbers.view(-1, numbers.shape[-1]).tolist()
+    return rows
+
+
+def _of_large(A: Tensor) -> tuple[Tensor, Kept]:
+    """Return the exponentials of matrices whose powers overflow, or which are not finite themselves."""
+    if A.ndim > 2:
+        return _stacked(map(_of_large, A))
+    norm = float(torch.linalg.vector_norm(A))
+    size = 2.0 ** math.ceil(math.log2(norm)) if 1 < norm < math.inf else 1.0
+    A = A / size
+    B = square(A)
+    B2 = square(B)
+    (row,) = _read(moments(B, B2))
+    bound = size * spectral_bound(row, A)
+    return _by_host(A, B, B2, bound, size=size)
+
+
+def _stacked(results: Iterable[tuple[Tensor, Kept]]) -> tuple[Tensor, Kept]:
+    values, kept = zip(*results, strict=True)
+    halves, bounds = zip(*kept, strict=True)
+    return torch.stack(values), (torch.stack(halves), torch.stack(bounds))
+
+
+def _by_host(A: Tensor, B: Tensor, B2: Tensor, bound: float, *, size: float = 1) -> tuple[Tensor, Kept]:
+    """Return the same by a bound of the norm of ``size`` times ``A``, using up ``B`` and ``B2``."""
     steps, series = plan(bound, A)
     scale = size / 2**steps
     if scale != 1:
-        A, B, B2 = A * scale, B * scale**2, B2 * scale**4
-    W = _square(torch.add(B2, B, alpha=series.a))
-    D = _minus_one(series, A, B, B2, W)
-    return _squared(D, steps), (W, A.new_full(A.shape[:-2], bound, dtype=torch.float64, device="cpu"))
+        A, B, B2 = A * scale, B.mul_(scale**2), B2.mul_(scale**4)
+    D, halves = _minus_one(series, A, B, B2)
+    return _squared(D, steps), (halves, A.new_full(A.shape[:-2], bound, dtype=torch.float64, device="cpu"))
 
 
-def _squared(D: Tensor, steps: int) -> Tensor:
+def _by_device(A: Tensor, B: Tensor, B2: Tensor) -> tuple[Tensor, Kept]:
+    """Return the same by the series for all norms, and all squarings that may be needed."""
+    radius, series = widest(A)
+    kept = chosen_by_device(moments(B, B2), A, radius)
+    steps = kept[..., None, None]
+    A, B, B2 = (divided(X, steps, times=times) for X, times in ((A, 1), (B, 2), (B2, 4)))
+    D, halves = _minus_one(series, A, B, B2)
+    return _squared(D, steps), (halves, kept)
+
+
+def _minus_one(series: Series, A: Tensor, B: Tensor, B2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return :math:`e^A - I`, and W and B packed."""
+    M = B2.add_(B, alpha=series.a)
+    W = square(M)
+    halves = packed(W, B)
+    first, second = _first_(W, series, A, B, M), _second(series, A, B, M)
+    return add_product_(_rest_(M, series, A, B), first, second, alpha=series.factor), halves
+
+
+def _squared(D: Tensor, steps: Steps) -> Tensor:
     """Return :math:`(I + D)^{2^s}` in the place of D; as D is squared, a small one keeps its digits."""
-    for step in range(1, steps + 1):
-        D = _fused(D, D, D, beta=2)
+    last = len(computed(steps))
+    for step in computed(steps):
+        D = taken(step, steps, new=add_product(D, D, D, beta=2), old=D)
         # Each squaring doubles what the last one left to orthogonality: one step of Newton and Schulz takes it away.
-        if step % 8 == 0 or step == steps > 2:
+        if step % 8 == 0 or step == last > 2:
             Q = _plus_identity_(D.clone())
-            D = _fused(D, Q, _plus_identity_(-(Q.mH @ Q)), alpha=0.5)
+            D = add_product(D, Q, _plus_identity_(-(Q.mH @ Q)), alpha=0.5)
     return _plus_identity_(D)
 
 
-def _square(X: Tensor) -> Tensor:
-    """Return the square of a Hermitian or skew-Hermitian matrix, of a large one by the columns from the diagonal on."""
-    n = X.shape[-1]
-    if n < _LARGE or X.ndim > 2:
-        return X @ X
-    result = torch.empty_like(X)
-    size = max(_LARGE // 2, n // 4)
-    for i in range(0, n, size):
-        j = min(i + size, n)
-        torch.mm(X[i:], X[:, i:j], out=result[i:, i:j])
-        result[i:j, j:] = result[j:, i:j].mH
-    return result
+# --- its parts: what ends in _ is computed in the place of its first argument ------------------------------------
 
 
-def _minus_one(series: Series, A: Tensor, B: Tensor, B2: Tensor, W: Tensor) -> Tensor:
-    """Return :math:`e^A - I`."""
-    result = _sum(series.rest, A, B, B2)
-    _fuse_(result, _first(series, A, B, B2, W), _sum(series.second, A, B, B2))
-    return result
+def _first_(W: Tensor, series: Series, A: Tensor, B: Tensor, M: Tensor) -> Tensor:
+    x, x1, x2 = series.first
+    return W.add_(M, alpha=x2).add_(B, alpha=x1).add_(A, alpha=x)
 
 
-def _first(series: Series, A: Tensor, B: Tensor, B2: Tensor, W: Tensor) -> Tensor:
-    _, x, x1, x2 = series.first
-    return torch.add(W, B2, alpha=x2).add_(B, alpha=x1).add_(A, alpha=x)
+def _second(series: Series, A: Tensor, B: Tensor, M: Tensor) -> Tensor:
+    y0, y, y1 = series.second
+    return _plus_identity_(torch.add(M, B, alpha=y1).add_(A, alpha=y), y0)
 
 
-def _sum(coefficients: Sequence[float], A: Tensor, B: Tensor, B2: Tensor) -> Tensor:
-    """Return the sum of I, A, B and B2 by their coefficients."""
-    one, x, x1, x2 = coefficients
-    return _plus_identity_((B2 * x2).add_(B, alpha=x1).add_(A, alpha=x), one)
+def _rest_(M: Tensor, series: Series, A: Tensor, B: Tensor) -> Tensor:
+    z0, z, z1, z2 = series.rest
+    return _plus_identity_(M.mul_(z2).add_(B, alpha=z1).add_(A, alpha=z), z0)
 
 
 def _plus_identity_(A: Tensor, factor: float = 1) -> Tensor:
@@ -118,15 +158,11 @@ def _plus_identity_(A: Tensor, factor: float = 1) -> Tensor:
     return A
 
 
-def _fused(C: Tensor, A: Tensor, B: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """Return ``beta C + alpha A B``."""
-    multiply = torch.addmm if C.ndim == 2 else torch.baddbmm
-    result: Tensor = multiply(C, A, B, beta=beta, alpha=alpha)
+def _product(A: Tensor, B: Tensor, factor: float, *, out: Tensor | None = None) -> Tensor:
+    """Return a multiple of ``A B``."""
+    multiply = torch.addmm if A.ndim == 2 else torch.baddbmm
+    result: Tensor = multiply(B, A, B, beta=0, alpha=factor, out=out)
     return result
-
-
-def _fuse_(C: Tensor, A: Tensor, B: Tensor, *, beta: float = 1, alpha: float = 1) -> None:
-    (C.addmm_ if C.ndim == 2 else C.baddbmm_)(A, B, beta=beta, alpha=alpha)
 
 
 # --- the derivative -----------------------------------------------------------------------------------------------
@@ -138,50 +174,65 @@ def _pullback(A: Tensor, base: Tensor | None, kept: Sequence[Tensor], G: Tensor)
 
 
 def _pulled_back(A: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
-    W, bounds = kept
-    if _differ(bounds):
-        return torch.stack([_pulled_back(X, each, H) for X, *each, H in zip(A, W, bounds, G, strict=True)])
-    steps, series, A, B, B2 = _powers(A, bounds)
-    first, second = _first(series, A, B, B2, W), _sum(series.second, A, B, B2)
-    for R in reversed(_roots(_sum(series.rest, A, B, B2), first, second, steps)):
-        G = _fused(G @ R.mH, R.mH, G)
-    of_first, of_second = G @ second.mH, first.mH @ G
-    M = torch.add(B2, B, alpha=series.a)
-    of_M = M @ plus_adjoint(of_first)
-    parts = (of_first, of_second, G)
-    _, x, x1, x2 = zip(series.first, series.second, series.rest, strict=True)
-    of_B = _added(of_M * series.a, x1, parts)
-    of_B2 = plus_adjoint(_added(of_M, x2, parts))
-    _fuse_(of_B, B, of_B2)
-    of_A = _added(of_first.mul_(x[0]), x[1:], parts[1:])
-    _fuse_(of_A, A, plus_adjoint(of_B), alpha=-1)
-    return minus_adjoint(of_A).div_(2**steps)
+    halves, numbers = kept
+    if _differ(numbers):
+        each = zip(A, halves, numbers, G, strict=True)
+        return torch.stack([_pulled_back(X, (half, number), H) for X, half, number, H in each])
+    steps, series, A, B, B2, W = _powers(A, halves, numbers)
+    M = B2.add_(B, alpha=series.a)
+    first, second = _first_(W, series, A, B, M), _second(series, A, B, M)
+    roots = _roots(steps, series, A, B, M, first, second)
+    for step, R in zip(reversed(computed(steps)), reversed(roots), strict=True):
+        G = taken(step, steps, new=add_product(G @ R.mH, R.mH, G), old=G)
+    return divided(minus_adjoint(_through_products(series, A, B, M, first, second, G)), steps)
 
 
-def _added(total: Tensor, coefficients: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
-    for coefficient, part in zip(coefficients, parts, strict=True):
-        total.add_(part, alpha=coefficient)
-    return total
+def _through_products(
+    series: Series, A: Tensor, B: Tensor, M: Tensor, first: Tensor, second: Tensor, G: Tensor
+) -> Tensor:
+    """Return a matrix with that skew-Hermitian part, without squarings; ``first`` and ``second`` are used up."""
+    (x, x1, x2), (_, y, y1), (_, z, z1, z2) = series.first, series.second, series.rest
+    of_first = _product(G, second.mH, series.factor)
+    of_second = _product(first.mH, G, series.factor, out=second)
+    total = torch.add(of_second, of_first, alpha=x2, out=first).add_(G, alpha=z2)
+    add_product_(total, M, plus_adjoint(of_first))
+    add_product_(total, B, plus_adjoint(total), beta=series.a)
+    total.add_(of_first, alpha=x1).add_(of_second, alpha=y1).add_(G, alpha=z1)
+    add_product_(of_first, A, plus_adjoint(total), beta=x, alpha=-1)
+    return of_first.add_(of_second, alpha=y).add_(G, alpha=z)
 
 
-def _powers(A: Tensor, bounds: Tensor) -> tuple[int, Series, Tensor, Tensor, Tensor]:
-    """Return s and the series, and A, B and B2 for :math:`A/2^s`."""
-    steps, series = plan(bounds.max().item(), A)
-    A = A / 2**steps if steps else A
-    B = _square(A)
-    return steps, series, A, B, _square(B)
+def _powers(
+    A: Tensor, halves: Tensor, numbers: Tensor
+) -> tuple[Steps, Series, Tensor, Tensor, Tensor, Tensor]:
+    """Return s and the series, and A, B, its square and W for :math:`A/2^s`."""
+    steps: Steps
+    if numbers.is_floating_point():
+        steps, series = plan(numbers.max().item(), A)
+    else:
+        steps, series = numbers[..., None, None], widest(A)[1]
+    A = divided(A, steps)
+    W, B = unpacked(halves)
+    B.diagonal(dim1=-2, dim2=-1).copy_(-torch.linalg.vector_norm(A, dim=-1).square())
+    return steps, series, A, B, square(B), W
 
 
-def _roots(rest: Tensor, first: Tensor, second: Tensor, steps: int) -> list[Tensor]:
-    """Return the exponentials of :math:`A/2^s` up to :math:`A/2`."""
-    if steps == 0:
-        return []
-    _fuse_(rest, first, second)
-    return list(accumulate(range(steps - 1), lambda R, _: R @ R, initial=_plus_identity_(rest)))
+def _roots(
+    steps: Steps, series: Series, A: Tensor, B: Tensor, M: Tensor, first: Tensor, second: Tensor
+) -> list[Tensor]:
+    """Return what is squared: the exponential of :math:`A/2^s`, its square and so on."""
+    roots: list[Tensor] = []
+    for step in computed(steps):
+        if step == 1:
+            R = _plus_identity_(
+                add_product_(_rest_(M.clone(), series, A, B), first, second, alpha=series.factor)
+            )
+        roots.append(R if step == 1 else roots[-1] @ roots[-1])
+    return roots
 
 
 def _differ(bounds: Tensor) -> bool:
-    return bounds.ndim > 0 and len(set(bounds.tolist())) > 1
+    return bounds.ndim > 0 and bounds.is_floating_point() and len(set(bounds.tolist())) > 1
 
 
 def _quotient(A: Tensor, kept: Sequence[Tensor], k: int) -> Tensor:
@@ -189,25 +240,24 @@ def _quotient(A: Tensor, kept: Sequence[Tensor], k: int) -> Tensor:
 
     For :math:`A/2^s` that is :math:`S A^{-1} + A (C - I) B^{-1}`; :math:`\varphi(2A) = \varphi(A) (e^A + I)/2`.
     """
-    W, bounds = kept
-    if _differ(bounds):
-        return torch.stack([_quotient(X, each, k) for X, *each in zip(A, W, bounds, strict=True)])
-    steps, series, A, B, B2 = _powers(A, bounds)
-    roots = _roots(
-        _sum(series.rest, A, B, B2), _first(series, A, B, B2, W), _sum(series.second, A, B, B2), steps
-    )
-    c, (_, s1, s2, *_, s4) = series.cosine, series.sine
+    halves, numbers = kept
+    if _differ(numbers):
+        return torch.stack([_quotient(X, each, k) for X, *each in zip(A, halves, numbers, strict=True)])
+    steps, series, A, B, B2, W = _powers(A, halves, numbers)
+    c, (s0, s1, s2, *_, s4) = series.cosine, series.sine
     b, b2, w = (X[..., :k] for X in (B, B2, W))
     # c(B) - c(0) over B, of degree 5, by W B = B^5 + 2 a B^4 + a^2 B^3.
     c4 = c[5] - 2 * series.a * c[6]
     c3 = c[4] - 2 * series.a * c4 - series.a**2 * c[6]
     even = _plus_identity_(b * c[2] + b2 * (c[3] - series.a**2 * c4), c[1])
-    _fuse_(even, W, _plus_identity_(b * c[6], c4))
-    _fuse_(even, B2, b, alpha=c3)
-    total = _sum((series.sine[0], 0, s1, s2 - s4 * series.a**2), A[..., :k], b, b2).add_(w, alpha=s4)
-    _fuse_(total, A, even)
-    for R in roots:
-        total = _fused(total, R, total, beta=0.5, alpha=0.5)
+    add_product_(even, W, _plus_identity_(b * c[6], c4))
+    add_product_(even, B2, b, alpha=c3)
+    total = (b2 * (s2 - s4 * series.a**2)).add_(b, alpha=s1).add_(w, alpha=s4)
+    total = add_product_(_plus_identity_(total, s0), A, even)
+    M = B2.add_(B, alpha=series.a)
+    roots = _roots(steps, series, A, B, M, _first_(W, series, A, B, M), _second(series, A, B, M))
+    for step, R in zip(computed(steps), roots, strict=True):
+        total = taken(step, steps, new=add_product(total, R, total, beta=0.5, alpha=0.5), old=total)
     result: Tensor = total[..., :k, :]
     return result
 

@@ -8,31 +8,33 @@ On :math:`[-r, r]`, with :math:`J_k` the Bessel functions and :math:`T_k` the Ch
 The series are cut off behind :math:`T_{10}` and :math:`T_9`. With :math:`B = A^2 = -t^2` they are C = c(B) and
 S = A s(B), and are evaluated as
 
-.. math:: W = (B^2 + a B)^2, \quad
-    C + S = (W + x_2 B^2 + x_1 B + x A)(y_2 B^2 + y_1 B + y A + y_0) + z_2 B^2 + z_1 B + z A + z_0
+.. math:: M = B^2 + a B, \quad W = M^2, \quad
+    C + S = f (W + x_2 M + x_1 B + x A)(M + y_1 B + y A + y_0) + z_2 M + z_1 B + z A + z_0 + 1
 
 By that c is of degree 6, and its last coefficient is free. It is the opposite of that of :math:`T_{12}`: with the right
-one, or none, x y would be large, and x A times y A cancel digits against :math:`z_1 B`.
+one, or none, f x y would be large, and x A times y A cancel digits against :math:`z_1 B`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Series", "plan", "spectral_bound"]
+__all__ = ["Series", "moments", "plan", "spectral_bound", "widest"]
 
 
 class Series(NamedTuple):
-    """Coefficients, in the order of I, A, B and B^2; ``sine`` and ``cosine`` are those of s and c by powers of B."""
+    """Coefficients, in the order of I, A, B and M; ``sine`` and ``cosine`` are those of s and c by powers of B."""
 
     a: float
-    first: tuple[float, float, float, float]
-    second: tuple[float, float, float, float]
+    factor: float
+    first: tuple[float, float, float]
+    second: tuple[float, float, float]
     rest: tuple[float, float, float, float]
     sine: tuple[float, ...]
     cosine: tuple[float, ...]
@@ -47,6 +49,12 @@ def plan(bound: float, A: Tensor) -> tuple[int, Series]:
     # By steps of the eighth root of 2, so that few series are ever computed.
     smaller = math.floor(8 * math.log2(largest * 2**steps / bound))
     return steps, _series(largest / 2 ** (min(smaller, 24) / 8))
+
+
+def widest(A: Tensor) -> tuple[float, Series]:
+    """Return the largest norm that a series serves for matrices like ``A``, and that series."""
+    largest = _radius(A.shape[-1], A.dtype)
+    return largest, _series(largest)
 
 
 @lru_cache(maxsize=256)
@@ -70,8 +78,12 @@ def _series(r: float) -> Series:
     square = (s[2] - x * y2) / y
     x1 = (s[1] - x * y1) / y
     y0 = c[4] - 2 * a * y1 - square * y2
-    rest = (c[0] - 1, s[0] - x * y0, c[1] - x1 * y0 - x * y, c[2] - square * y0 - x1 * y1)
-    return Series(a, (0, x, x1, square - a**2), (y0, y, y1, y2), rest, tuple(s), tuple(c))
+    z1, z2 = c[1] - x1 * y0 - x * y, c[2] - square * y0 - x1 * y1
+    x2 = square - a**2
+    # From sums of B^2 and B to those of M and B.
+    first, second = (x, x1 - a * x2, x2), (y0 / y2, y / y2, y1 / y2 - a)
+    rest = (c[0] - 1, s[0] - x * y0, z1 - a * z2, z2)
+    return Series(a, y2, first, second, rest, tuple(s), tuple(c))
 
 
 def _term(k: int, r: float) -> float:
@@ -109,26 +121,31 @@ def _chebyshev(k: int, power: int) -> float:
 # --- a bound of the norm ------------------------------------------------------------------------------------------
 
 
-def spectral_bound(A: Tensor, B: Tensor, B2: Tensor) -> float:
-    r"""Return a bound of the norm of a skew-Hermitian A, or of a batch of them, from :math:`B = A^2` and :math:`B^2`.
+def moments(B: Tensor, B2: Tensor) -> Tensor:
+    """Return, of each matrix, the traces of :math:`B, B^2, B^3` and :math:`B^4`, from B and :math:`B^2`."""
+    traces = [X.diagonal(dim1=-2, dim2=-1).sum(-1) for X in (B, B2)]
+    b, b2 = B.flatten(-2), B2.flatten(-2)
+    return torch.stack([*traces, torch.linalg.vecdot(b, b2), torch.linalg.vecdot(b2, b2)], -1).real
+
+
+def spectral_bound(traces: Sequence[float], A: Tensor) -> float:
+    r"""Return a bound of the norm of a matrix like ``A``, from the :func:`moments` of its square.
 
     Let :math:`x = |\lambda|^2` and :math:`v = (1, x, x^2)` for the eigenvalues of A, and H the sum of all
-    :math:`v v^T`, which products of A, B and B^2 give. As :math:`m\, v v^T \leq H` for an eigenvalue of m copies,
+    :math:`v v^T`, which consists of n and the moments. As :math:`m\, v v^T \leq H` for an eigenvalue of m copies,
     :math:`v^T H^{-1} v \leq 1/m` (the Christoffel function). m is 2 for real matrices, whose eigenvalues come in pairs.
+    It is nan where one of the moments is not finite.
     """
-    flat = [X.flatten(-2) for X in (A, B, B2)]
-    vecdot = torch.linalg.vecdot
-    moments = [vecdot(X, X).real for X in flat]
-    moments.insert(2, -vecdot(flat[1], flat[2]).real)
-    n, copies = A.shape[-1], 1 if A.is_complex() else 2
-    rows = torch.stack(moments, -1).view(-1, 4).tolist()
-    return math.sqrt(max(_largest_square(n, *row, copies=copies) for row in rows))
+    if not all(map(math.isfinite, traces)):
+        return math.nan
+    m1, m2, m3, m4 = traces
+    return math.sqrt(_largest_square(A.shape[-1], -m1, m2, -m3, m4, copies=1 if A.is_complex() else 2))
 
 
 def _largest_square(n: int, m1: float, m2: float, m3: float, m4: float, *, copies: int) -> float:
     top = math.sqrt(math.sqrt(m4 / copies))  # a bound as well, and the unit of x
-    if not 0 < top < math.inf:
-        return m1 / copies
+    if top == 0:
+        return max(m1, 0) / copies
     ridge = 1e-5 * n  # more than the moments are rounded by; it makes the bound larger
     a, b, c, d, e = n + ridge, m1 / top, m2 / top**2, m3 / top**3, m4 / top**4 + ridge
     # H = (a, b, c; b, c + ridge, d; c, d, e) by its adjugate, and what is not positive for an eigenvalue.

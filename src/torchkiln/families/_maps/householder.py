@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from torchkiln.families._maps.explicit import ExplicitMap, around_adjoint
+from torchkiln.families._maps.hermitian import minus_adjoint
 from torchkiln.families._maps.products import add_product_
-from torchkiln.families._maps.skew import minus_adjoint
 
 __all__ = ["HOUSEHOLDER"]
 

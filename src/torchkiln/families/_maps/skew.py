@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from torchkiln.families._maps.explicit import ExplicitMap, around, around_adjoint, with_value
+from torchkiln.families._maps.hermitian import lower, minus_adjoint
 
-__all__ = ["SkewFunction", "explicit_map", "minus_adjoint", "plus_adjoint", "skew"]
+__all__ = ["SkewFunction", "explicit_map", "skew"]
 
 Kept = Sequence[Tensor]
 Base = Tensor | None
@@ -68,25 +69,14 @@ def skew(X: Tensor) -> Tensor:
     """
     n, k = X.shape[-2:]
     L = X.tril() if n == k else pad(X.tril(), (0, n - k))
-    return minus_adjoint(L)
+    return L - L.mH
 
 
-# From this size on a transpose is copied, which is done in tiles: read across the rows it costs as much as a product.
-_LARGE = 256
-
-
-def minus_adjoint(X: Tensor) -> Tensor:
-    """Return :math:`X - X^H`."""
-    return X - X.mH if X.shape[-1] < _LARGE else _copied_adjoint(X).neg_().add_(X)
-
-
-def plus_adjoint(X: Tensor) -> Tensor:
-    """Return :math:`X + X^H`."""
-    return X + X.mH if X.shape[-1] < _LARGE else _copied_adjoint(X).add_(X)
-
-
-def _copied_adjoint(X: Tensor) -> Tensor:
-    return X.mH.clone(memory_format=torch.contiguous_format)
+def _skew(X: Tensor) -> Tensor:
+    """Return :func:`skew`, with no way to differentiate it."""
+    n, k = X.shape[-2:]
+    L = lower(X)
+    return minus_adjoint(L if n == k else pad(L, (0, n - k)))
 
 
 class _Form(NamedTuple):
@@ -141,11 +131,11 @@ def explicit_map(name: str, f: SkewFunction) -> ExplicitMap:
 
 
 def _value_square(f: SkewFunction, X: Tensor, base: Base) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return f.value(skew(X), base)
+    return f.value(_skew(X), base)
 
 
 def _pullback_square(f: SkewFunction, X: Tensor, base: Base, kept: Kept, G: Tensor) -> Tensor:
-    return f.pullback(skew(X), base, kept, G).tril_()
+    return f.pullback(_skew(X), base, kept, G).tril_()
 
 
 def _plain_square(f: SkewFunction, X: Tensor) -> Tensor:
@@ -160,13 +150,13 @@ _SQUARE = _Form(_value_square, _pullback_square, _plain_square, _kept_like_squar
 
 
 def _value_tall(f: SkewFunction, X: Tensor, base: Base) -> tuple[Tensor, tuple[Tensor, ...]]:
-    F, kept = f.value(skew(X), None)
+    F, kept = f.value(_skew(X), None)
     return around(base, F[..., : X.shape[-1]]), tuple(with_value(kept, F))
 
 
 def _pullback_tall(f: SkewFunction, X: Tensor, base: Base, kept: Kept, G: Tensor) -> Tensor:
     n, k = X.shape[-2:]
-    P = f.pullback(skew(X), None, kept, pad(around_adjoint(base, G), (0, n - k)))
+    P = f.pullback(_skew(X), None, kept, pad(around_adjoint(base, G), (0, n - k)))
     return P[..., :k].tril()
 
 
@@ -188,7 +178,7 @@ _TALL = _Form(_value_tall, _pullback_tall, _plain_tall, _kept_like_tall)
 def _value_thin(f: SkewFunction, X: Tensor, base: Base) -> tuple[Tensor, tuple[Tensor, ...]]:
     k = X.shape[-1]
     Q, R = _qr(X[..., k:, :], precise=f.precise)
-    A = _block(skew(X[..., :k, :]), -R.mH, R, torch.zeros_like(R))
+    A = _block(_skew(X[..., :k, :]), -R.mH, R, torch.zeros_like(R))
     F, kept = f.value(A, None)
     Y = torch.cat([F[..., :k, :k], Q @ F[..., k:, :k]], -2)
     return around(base, Y), (Q, A, *with_value(kept, F))
@@ -203,13 +193,13 @@ def _qr(X: Tensor, *, precise: bool) -> tuple[Tensor, Tensor]:
 
 def _pullback_thin(f: SkewFunction, X: Tensor, base: Base, kept: Kept, G: Tensor) -> Tensor:
     k = X.shape[-1]
-    Q, A, *rest = kept
+    Q, A, *kept = kept
     G = around_adjoint(base, G)
     below = Q.mH @ G[..., k:, :]
-    P = f.pullback(A, None, rest, pad(torch.cat([G[..., :k, :], below], -2), (0, k)))
-    F = f.quotient(A, rest, k).mH
-    lower = G[..., k:, :] @ F + Q @ (P[..., k:, :k] - below @ F)
-    return torch.cat([P[..., :k, :k].tril(), lower], -2)
+    P = f.pullback(A, None, kept, pad(torch.cat([G[..., :k, :], below], -2), (0, k)))
+    F = f.quotient(A, kept, k).mH
+    rest = G[..., k:, :] @ F + Q @ (P[..., k:, :k] - below @ F)
+    return torch.cat([P[..., :k, :k].tril(), rest], -2)
 
 
 def _plain_thin(f: SkewFunction, X: Tensor) -> Tensor:
