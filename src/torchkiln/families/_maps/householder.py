@@ -25,26 +25,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchkiln.families._maps.explicit import ExplicitMap, around_adjoint
+from torchkiln.families._maps.explicit import ExplicitMap, around, around_adjoint
 from torchkiln.families._maps.hermitian import minus_adjoint
 from torchkiln.families._maps.products import add_product_
 
 __all__ = ["HOUSEHOLDER"]
 
 # LAPACK applies the vectors one by one, which is quicker up to this many rows.
-_SMALL = 64
-# Up to this many rows sums in double precision take hardly longer.
-_PRECISE = 128
+_SMALL = 128
 
 
 def _value(X: Tensor, base: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return Q around the base, and what the gradient needs: U, and M of a tall X or that value of a square one."""
     n, k = X.shape[-2:]
-    V, signs = _reflectors(X), _signs(X)
+    signs = _signs(X)
     if _is_small(X):
-        return _around(base, _one_by_one(V, signs)), (X.new_empty(0),)
+        return around(base, _one_by_one(X, signs)), (X.new_empty(0),)
+    V = _reflectors(X)
     U, M = _factors(V, signs)
-    Q = _one_by_one(V, signs) if _is_coarse(X, M) else _product(V, signs, U)
+    Q = _one_by_one(X, signs) if _is_coarse(X, M) else _product(V, signs, U)
     return _around(base, Q), (U, M if n > k else X.new_empty(0))
 
 
@@ -66,7 +65,7 @@ def _is_small(X: Tensor) -> bool:
 def _is_coarse(X: Tensor, M: Tensor) -> bool:
     """Return whether LAPACK's columns would be more orthogonal: of many vectors, where one is longer than 1.6."""
     n, k = X.shape[-2:]
-    many = _PRECISE < n < 2 * k and X.device.type == "cpu"
+    many = n < 2 * k and X.device.type == "cpu"
     return many and bool(M.diagonal(dim1=-2, dim2=-1).max() > 1.6**2 / 2)
 
 
@@ -78,11 +77,10 @@ def _kept_like(X: Tensor, _base: Tensor | None) -> tuple[Tensor, ...]:
     return U, torch.empty_like(U) if n > k else X.new_empty(0)
 
 
-def _one_by_one(V: Tensor, signs: Tensor) -> Tensor:
-    squares = V * V
+def _one_by_one(X: Tensor, signs: Tensor) -> Tensor:
+    L = X.tril(-1)
     # The 1 of each column comes last: small squares added to it one by one would be rounded off.
-    squares.diagonal(dim1=-2, dim2=-1).zero_()
-    Q: Tensor = torch.linalg.householder_product(V, 2 / squares.sum(-2).add_(1))
+    Q: Tensor = torch.linalg.householder_product(L, 2 / (L * L).sum(-2).add_(1))
     return Q.mul_(signs.unsqueeze(-2))
 
 
@@ -187,14 +185,13 @@ def _inner_products(V: Tensor) -> Tensor:
     """
     n, k = V.shape[-2:]
     ones = V.diagonal(dim1=-2, dim2=-1).zero_()
-    L = V.double() if n <= _PRECISE and V.device.type == "cpu" else V
-    M = L[..., :k, :].mT.clone(memory_format=torch.contiguous_format)
+    M = V[..., :k, :].mT.clone(memory_format=torch.contiguous_format)
     for i, j in _blocks(n, least=32, most=8):
-        rows = L[..., i:j, :j]
+        rows = V[..., i:j, :j]
         add_product_(M[..., :j, :j], rows.mT, rows)
-    M.diagonal(dim1=-2, dim2=-1).copy_((L * L).sum(-2).add_(1).mul_(0.5))
+    M.diagonal(dim1=-2, dim2=-1).copy_((V * V).sum(-2).add_(1).mul_(0.5))
     ones.fill_(1)
-    return M.to(V.dtype)
+    return M
 
 
 def _blocks(k: int, least: int = 64, most: int = 4) -> list[tuple[int, int]]:
