@@ -26,7 +26,7 @@ class Settings:
         quick: Whether to take the small sizes, for a look rather than a record.
         scratch: A folder for files, on a disk, removed after the run.
         blocks: The most blocks for each contender.
-        block_seconds: How long one block should take; a call that takes longer is a block by itself.
+        block_seconds: How long one block should take at least.
         case_seconds: When to stop a case that has its least number of blocks already.
     """
 
@@ -77,7 +77,10 @@ def _calibrate(timer: timeit.Timer, seconds: float) -> int:
     # The least of three: whoever else gets the processor meanwhile would leave blocks of a few calls.
     while (taken := min(timer.repeat(3, calls))) < seconds / 4:
         calls *= 2
-    return max(1, round(calls * seconds / max(taken, 1e-9)))
+    call = max(taken / calls, 1e-12)
+    # The first call of a block finds the caches as the other contenders left them. A few more outweigh it, up to where
+    # a call is so long that it hardly matters.
+    return max(1, round(min(max(seconds, 8 * call), 20 * seconds) / call))
 
 
 @dataclass
