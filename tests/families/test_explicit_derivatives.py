@@ -21,8 +21,21 @@ pytestmark = pytest.mark.filterwarnings(
 
 Map = Callable[[Tensor], Tensor]
 
+
+def around_a_base(f: Callable[[Tensor, Tensor], Tensor]) -> Map:
+    def around(X: Tensor) -> Tensor:
+        n = X.shape[-2]
+        reflected = torch.eye(n, dtype=X.dtype) - 2 / n
+        return f(X, reflected.expand(*X.shape[:-1], n))
+
+    return around
+
+
+_MAPS = {"exponential": maps.exponential, "cayley": maps.cayley, "householder": maps.householder}
 EVERY_MAP = pytest.mark.parametrize(
-    "f", [maps.exponential, maps.cayley, maps.householder], ids=["exponential", "cayley", "householder"]
+    "f",
+    [*_MAPS.values(), *map(around_a_base, _MAPS.values())],
+    ids=[*_MAPS, *(f"{name} around a base" for name in _MAPS)],
 )
 # Square, full, thin, and a batch.
 EVERY_SHAPE = pytest.mark.parametrize("shape", [(3, 3), (4, 3), (5, 2), (2, 3, 2)], ids=str)
@@ -60,6 +73,22 @@ def test_derivatives_at_the_start(f: Map, shape: tuple[int, ...]) -> None:
     X.requires_grad_()
     assert gradcheck(f, X)
     assert gradgradcheck(f, X)
+
+
+@pytest.mark.parametrize("f", _MAPS.values(), ids=_MAPS)
+@pytest.mark.parametrize(
+    "shape",
+    [(60, 60), (90, 60), (150, 20), (3, 60, 60), (2, 2, 60, 8), (200, 200), (300, 200), (2, 140, 140)],
+    ids=str,
+)
+def test_a_base_multiplies_the_value(f: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    X = torch.randn(shape, dtype=torch.float64) / shape[-2] ** 0.5
+    X.requires_grad_()
+    base = torch.linalg.qr(torch.randn(*shape[:-1], shape[-2], dtype=X.dtype))[0]
+    value, expected = f(X, base), base @ f(X)
+    torch.testing.assert_close(value, expected)
+    G = torch.randn_like(value)
+    torch.testing.assert_close(torch.autograd.grad(value, X, G), torch.autograd.grad(expected, X, G))
 
 
 def cubes(f: Map) -> Map:
