@@ -11,7 +11,14 @@ from torch import Tensor
 
 from torchkiln._core.base import Parametrization
 from torchkiln._core.errors import ParametrizationError
-from torchkiln.families._contract import check_argument, computed, inverted, largest, square_or_tall
+from torchkiln.families._contract import (
+    Projection,
+    check_argument,
+    computed,
+    inverted,
+    largest,
+    square_or_tall,
+)
 from torchkiln.families._maps import frames
 from torchkiln.families._maps import orthogonal as maps
 from torchkiln.families._maps.elementwise import INTERVAL, Map
@@ -348,7 +355,7 @@ _PROJECTIONS: dict[str, Map] = {
 }
 
 
-class OrthogonalProjection(Parametrization):
+class OrthogonalProjection(Projection):
     r"""Keep the columns of a matrix orthonormal by projecting a free one; the rows where it is wide.
 
     .. math:: Q = A (A^H A)^{-1/2} \quad \text{(polar)}, \qquad Q = A R^{-1} \quad \text{(QR, Cholesky)}
@@ -382,16 +389,8 @@ class OrthogonalProjection(Parametrization):
         check_argument(self, argument="method", value=method, choices=_PROJECTIONS)
         self.method = method
 
-    @computed
-    def forward(self, A: Tensor) -> Tensor:
-        return self._project(A)
-
-    @inverted
-    def right_inverse(self, Q: Tensor) -> Tensor:
-        return self._project(Q)
-
-    def _project(self, A: Tensor) -> Tensor:
-        tall, wide = square_or_tall(A)
+    def _nearest(self, X: Tensor) -> Tensor:
+        tall, wide = square_or_tall(X)
         Q = _PROJECTIONS[self.method](tall)
         return Q.mT if wide else Q
 
