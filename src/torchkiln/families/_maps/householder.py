@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.families._maps.explicit import ExplicitMap, around, around_adjoint
-from torchkiln.families._maps.hermitian import minus_adjoint
+from torchkiln.families._maps.hermitian import adjoint, minus_adjoint
 from torchkiln.families._maps.products import add_product_
 
 __all__ = ["HOUSEHOLDER"]
@@ -185,7 +185,7 @@ def _inner_products(V: Tensor) -> Tensor:
     """
     n, k = V.shape[-2:]
     ones = V.diagonal(dim1=-2, dim2=-1).zero_()
-    M = V[..., :k, :].mT.clone(memory_format=torch.contiguous_format)
+    M = adjoint(V[..., :k, :])
     for i, j in _blocks(n, least=32, most=8):
         rows = V[..., i:j, :j]
         add_product_(M[..., :j, :j], rows.mT, rows)
