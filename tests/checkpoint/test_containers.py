@@ -161,6 +161,37 @@ def test_several_state_dicts_in_one_file(tmp_path: Path) -> None:
     assert [row.name for row in report.rows] == ["generator.weight", "ema.0.weight", "ema.1.x.weight"]
 
 
+def wrong() -> dict[str, torch.Tensor]:
+    return {
+        "a.weight_g": torch.ones(2, 1),
+        "a.weight_v": torch.tensor([[1.0, 2.0], [0.0, 0.0]]),
+        "b.weight_orig": torch.eye(3)[:2],
+        "b.weight_u": torch.ones(2),
+        "b.weight_v": torch.tensor([1.0, 0.0, 0.0]),
+        "c.parametrizations.weight.original": torch.eye(2),
+        "c.parametrizations.weight.0.base": torch.eye(2),
+    }
+
+
+def test_what_is_wrong_is_said_with_the_names_around_it(tmp_path: Path) -> None:
+    torch.save({"ema": {"net": wrong()}}, tmp_path / "in.pt")
+    report = checkpoint.bake(tmp_path / "in.pt", tmp_path / "out.pt", keep_going=True)
+    starts = [note.text.split(":")[0] for note in report.notes if note.level == "warning"]
+    assert starts == ["not folded", "ema.net.a.weight_v", "ema.net.b.weight_u"]
+    (blocked,) = (note.text for note in report.notes if note.text.startswith("not folded"))
+    assert "not folded: ema.net.c.parametrizations.weight.0.base: which orthogonal map" in blocked
+    with pytest.raises(
+        CheckpointError, match=r"in\.pt: ema\.net\.c\.parametrizations\.weight\.0\.base: which"
+    ):
+        checkpoint.bake(tmp_path / "in.pt", tmp_path / "again.pt")
+    found = checkpoint.inspect(tmp_path / "in.pt", deep=True).notes
+    assert [note.text.split(":")[0] for note in found if note.level == "warning"] == [
+        "ema.net.a.weight_v",
+        "ema.net.b.weight_u",
+        "ema.net.c.parametrizations.weight.0.base",
+    ]
+
+
 def test_files_from_before_torch_1_6(tmp_path: Path) -> None:
     torch.save({"model": normed()}, tmp_path / "in.pth", _use_new_zipfile_serialization=False)
     inspection = checkpoint.inspect(tmp_path / "in.pth")

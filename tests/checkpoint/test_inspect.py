@@ -35,7 +35,7 @@ def test_square_spectral_norm_is_settled_by_values_alone(deep: bool, tmp_path: P
     module = parametrizations.spectral_norm(nn.Linear(8, 8), dim=1)
     (row,) = checkpoint.inspect(save(module.state_dict(), tmp_path / "in.pt"), deep=deep).rows
     assert row.dim == (1 if deep else None)
-    expected = "u and v fit dim 1" if deep else "the values may tell (deep inspection)"
+    expected = "u and v fit dim 1" if deep else "the values may tell (deep=True)"
     assert row.assumptions == (f"dims 0 and 1 fit the shapes; {expected}",)
 
 

@@ -196,7 +196,15 @@ def test_verify_says_no_where_two_files_differ(run: Run, blocks: Path, tmp_path:
     assert run("verify", blocks, "out.pt").status == 0
     result = run("verify", blocks, "changed.pt")
     assert (result.status, result.err) == (1, "")
-    assert re.search(r"blocks\.7\.weight .*DIFFERS", result.out)
+    assert re.search(r"blocks\.7\.weight .*NOT OK", result.out)
+
+
+def test_verify_says_once_what_is_wrong(run: Run, tmp_path: Path) -> None:
+    torch.save({"net": {"w_g": torch.ones(2, 1), "w_v": torch.zeros(2, 3)}}, tmp_path / "in.pt")
+    result = run("verify", "in.pt")
+    assert (result.status, result.err) == (1, "")
+    assert result.out.count("net.w_v: is zero at 0, 1 of dim 0") == 1
+    assert result.out.rstrip().endswith("not ok: 1 of 1 tensor")
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ _ARGUMENTS = (
     (re.compile(r"^container(?=: )"), "--format"),
     (re.compile(r"^(weight|spectral)_norm(?=: )"), r"--\1-norm"),
     (re.compile(r'\bto="(\w+)"'), r"--to \1"),
+    (re.compile(r"\bdeep=True\b"), "--deep"),
 )
 
 

@@ -67,14 +67,23 @@ def show_verification(screen: Console, report: Verification) -> None:
     """Print the errors that a verification found, and its answer."""
     if report.rows:
         screen.print(_verification_table(report))
-    wrong = [Note("warning", row.name, f"{row.name}: {row.reason}") for row in report.rows if row.reason]
-    _show_notes(screen, (*wrong, *report.notes))
+    _show_notes(screen, (*_reasons(report), *report.notes))
     tensors = _plural(len(report.rows), "tensor")
     if report.ok:
         screen.print(Text(f"ok: {tensors} verified", style="bold green"))
     else:
         failed = sum(not row.ok for row in report.rows)
-        screen.print(Text(f"not ok: {failed} of {tensors} differ", style="bold red"))
+        screen.print(Text(f"not ok: {failed} of {tensors}", style="bold red"))
+
+
+def _reasons(report: Verification) -> Iterator[Note]:
+    """Yield why rows are not ok, but for what the notes say anyway."""
+    for row in report.rows:
+        said = "; ".join(
+            note.text for note in report.notes if (note.level, note.name) == ("warning", row.name)
+        )
+        if row.reason and row.reason != said:
+            yield Note("warning", row.name, f"{row.name}: {row.reason}")
 
 
 def inspection_table(report: Inspection) -> Table:
@@ -132,7 +141,7 @@ def _verification_table(report: Verification) -> Table:
 
     def cells(rows: Sequence[Checked]) -> Cells:
         absolute, relative = max(row.max_abs_error for row in rows), max(row.max_rel_error for row in rows)
-        verdict = Text("ok", style="green") if rows[0].ok else Text("DIFFERS", style="bold red")
+        verdict = Text("ok", style="green") if rows[0].ok else Text("NOT OK", style="bold red")
         return (rows[0].spelling, f"{absolute:.3g}", f"{relative:.3g}", verdict)
 
     return _table(("made by", "abs error", "rel error", "verdict"), [*failed, *passed], cells)

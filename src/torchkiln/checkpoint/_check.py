@@ -140,8 +140,8 @@ def _judge_merged(name: str, value: Tensor, source: Tensor, largest: float, scal
         return
     if not math.isfinite(largest):
         raise CheckpointError(
-            f"{name}: the adapters make values that are not finite. Is one of their tensors damaged?\n"
-            "Nothing was written."
+            f"{name}: has values that are not finite, in the base or once adapters are merged into it.\n"
+            "Nothing was written. Is the base damaged?"
         )
     # What was added may have cancelled what was there: rounding is that of the larger one.
     scale = max(scale, magnitude(source))

@@ -101,6 +101,6 @@ def _open_questions(found: Found) -> Iterator[str]:
             yield "the gain is one number: one norm over the whole tensor"
         elif len(step.dims) > 1:
             fitting = " and ".join(map(str, step.dims))
-            yield f"dims {fitting} fit the shapes; the values may tell (deep inspection)"
+            yield f"dims {fitting} fit the shapes; the values may tell (deep=True)"
     if found.item.skipped:
-        yield f"step {found.item.skipped[0]} keeps nothing in the file; the values may tell (deep inspection)"
+        yield f"step {found.item.skipped[0]} keeps nothing in the file; the values may tell (deep=True)"

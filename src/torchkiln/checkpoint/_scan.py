@@ -83,7 +83,7 @@ class Found:
     @property
     def blocked(self) -> str:
         """Why it cannot be folded; empty if it can."""
-        return next((part.blocked for part in self.parts if part.blocked), "")
+        return next((self.group.full_name(part.blocked) for part in self.parts if part.blocked), "")
 
 
 @dataclass(frozen=True)

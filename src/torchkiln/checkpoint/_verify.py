@@ -107,6 +107,7 @@ class _Value:
     spelling: str
     entry: Entry
     get: Callable[[], Tensor]
+    found: Found | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class _Side:
 
     def _each(self) -> Iterator[tuple[str, str, _Value]]:
         for found in self.scanned.found:
-            yield found.name, found.item.name, _Value(found.item.spelling, found.item.entry, _folding(found))
+            value = _Value(found.item.spelling, found.item.entry, _folding(found), found)
+            yield found.name, found.item.name, value
         for group, keys in self.scanned.plain.items():
             for key in keys:
                 yield (
@@ -168,7 +170,10 @@ def _pair(name: str, mine: _Value | None, theirs: _Value | None, *, where: tuple
     a, b = mine.entry, theirs.entry
     if a.shape != b.shape:
         return Checked(name, spelling, math.nan, math.nan, False, f"shape {a.shape} and {b.shape}")
-    absolute, relative = errors(mine.get(), theirs.get())
+    found, values = mine.found or theirs.found, (mine.get(), theirs.get())
+    absolute, relative = differences(found, *values) if found else errors(*values)
+    if found:
+        found.forget()
     reason = f"dtype {a.dtype} and {b.dtype}" if a.dtype != b.dtype else ""
     reason = reason or beyond(relative, a.dtype, folded=spelling != "plain")
     return Checked(name, spelling, absolute, relative, not reason, reason)

@@ -286,12 +286,38 @@ def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
         merged(tmp_path / "base.safetensors", folder(tmp_path / "a", lora(Q0)))
 
 
-def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_damaged_adapter_is_named(verify: bool, tmp_path: Path) -> None:
     write_base(tmp_path / "base.safetensors")
-    adapter = folder(tmp_path / "a", {**lora(Q0), A0: torch.full((2, 4), torch.nan)})
-    with pytest.raises(CheckpointError, match="the adapters make values that are not finite"):
-        merged(tmp_path / "base.safetensors", adapter)
+    right = folder(tmp_path / "right", lora(Q0))
+    wrong = folder(tmp_path / "wrong", {**lora(Q0), A0: torch.full((2, 4), torch.nan)})
+    with pytest.raises(
+        CheckpointError, match=rf"wrong/adapter_model\.safetensors: {A0} has values that are not"
+    ):
+        merged(tmp_path / "base.safetensors", right, wrong, verify=verify)
     assert not (tmp_path / "merged.safetensors").exists()
+
+
+def test_a_damaged_base_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.safetensors")
+    base[f"{Q0}.weight"][3, 1] = torch.inf
+    safetensors.torch.save_file(base, tmp_path / "base.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.q\.weight: has values that are not finite, in the base or"
+    ):
+        merged(tmp_path / "base.safetensors", folder(tmp_path / "a", lora(Q0)))
+    assert not (tmp_path / "merged.safetensors").exists()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_sums_that_overflow_are_warned_of(verify: bool, tmp_path: Path) -> None:
+    write_base(tmp_path / "base.safetensors")
+    adapter = folder(tmp_path / "a", {key: 1e30 * tensor for key, tensor in lora(Q0).items()})
+    report = checkpoint.bake(
+        tmp_path / "base.safetensors", tmp_path / "out.safetensors", adapters=[adapter], verify=verify
+    )
+    warned = [note.text for note in report.notes if note.level == "warning"]
+    assert warned == ["layers.0.q.weight: has values that are not finite in float32"]
 
 
 @pytest.mark.parametrize(

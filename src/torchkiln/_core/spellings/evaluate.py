@@ -91,7 +91,7 @@ class Evaluator:
             CheckpointError: The rule is not known, or `dims` names a dim that does not fit.
         """
         if item.blocked:
-            raise CheckpointError(item.blocked)
+            raise CheckpointError(self._group.full_name(item.blocked))
         result = Evaluation(assumptions=list(item.assumptions))
         described = next((step for step in item.steps if step.described is not None), None)
         if described is not None:
@@ -101,7 +101,8 @@ class Evaluator:
             for step in item.steps:
                 self._apply(step, item, result)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, and not in its __all__
-            raise CheckpointError(f"{item.name}: {item.spelling} cannot be computed: {error}.") from error
+            name = self._group.full_name(item.name)
+            raise CheckpointError(f"{name}: {item.spelling} cannot be computed: {error}.") from error
         return self._finished(item, result)
 
     def _take(self, step: Step, item: Spelled, result: Evaluation) -> Evaluation:
@@ -121,7 +122,7 @@ class Evaluator:
 
     def _finished(self, item: Spelled, result: Evaluation) -> Evaluation:
         if not result.warnings and not is_finite(result.tensor):
-            result.warnings.append(f"{item.name}: has values that are not finite")
+            result.warnings.append(f"{self._group.full_name(item.name)}: has values that are not finite")
         return result
 
     def identity(self, item: Spelled) -> Hashable:
@@ -199,7 +200,8 @@ class Evaluator:
         if slices:
             result.tensor = result.tensor.masked_fill(none, 0)
             which = "is all zero" if result.dim is None else f"is zero at {_some(slices)} of dim {result.dim}"
-            result.warnings.append(f"{key}: {which}, and so is the weight; torch computes NaN there")
+            name = self._group.full_name(key)
+            result.warnings.append(f"{name}: {which}, and so is the weight; torch computes NaN there")
 
     def _spectral_norm(self, step: Step, item: Spelled, result: Evaluation) -> None:
         if not step.state:
@@ -214,9 +216,8 @@ class Evaluator:
         result.tensor = rule(W, u.to(W.dtype), v.to(W.dtype), result.dim)
         if not is_finite(result.tensor) and not W.any():
             result.tensor = W
-            result.warnings.append(
-                f"{item.originals[0]}: is all zero, and so is the weight; torch computes NaN there"
-            )
+            name = self._group.full_name(item.originals[0])
+            result.warnings.append(f"{name}: is all zero, and so is the weight; torch computes NaN there")
 
     def _unit(self, key: str, result: Evaluation) -> Tensor:
         vector = self._read(key, result)
@@ -229,7 +230,7 @@ class Evaluator:
         ):
             return vector
         result.warnings.append(
-            f"{key}: length {length:.6g} instead of 1 (averaged weights?); used as if it were 1"
+            f"{self._group.full_name(key)}: length {length:.6g} instead of 1 (averaged weights?); used as if it were 1"
         )
         return vector / length
 
@@ -274,7 +275,7 @@ class Evaluator:
             return
         assert result.dim is not None
         if not _alignment(fold.matrix(result.tensor, result.dim), u, v) >= _ALIGNED:
-            raise CheckpointError(no_state(item.name, item.skipped))
+            raise CheckpointError(self._group.full_name(no_state(item.name, item.skipped)))
         result.assumptions.append(
             f"step {_some(item.skipped)} keeps nothing in the file; u and v fit without it"
         )

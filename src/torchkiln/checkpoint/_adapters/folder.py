@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError
+from torchkiln._core.finite import is_finite
 from torchkiln._core.spellings.entries import Group
 from torchkiln.checkpoint._adapters.settings import Settings, read_settings
 from torchkiln.checkpoint._io import CheckpointFile
@@ -50,10 +51,14 @@ class OpenAdapter:
         """Return one tensor in a dtype, whole numbers as they are.
 
         Raises:
-            CheckpointError: The file cannot be read, or was changed since it was opened.
+            CheckpointError: The file cannot be read, was changed since it was opened, or holds NaN or infinity there.
         """
         tensor = self.file.read(self.group, key).detach()
         self.file.check_unchanged()
+        if tensor.dtype.is_floating_point and not is_finite(tensor):
+            raise CheckpointError(
+                f"{self.file.path}: {key} has values that are not finite. Is the file damaged?\nNothing was written."
+            )
         return tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
 
 
