@@ -55,9 +55,22 @@ class Casting:
                     yield Change(group, (key,), {name: output})
 
     def of(self, group: Group, key: str) -> Kept | Made:
-        """Return a tensor in the dtype that it is to have."""
+        """Return a tensor in the dtype that it is to have.
+
+        Raises:
+            CheckpointError: It is another, and the tensor is sparse.
+        """
         own, dtype = group.entries[key].dtype, self.dtype_of(group.entries[key])
-        return Kept(key) if dtype == own else self._cast(group, key, dtype)
+        if dtype == own:
+            return Kept(key)
+        if kind := self.file.unusual(group, key):
+            name = str(dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{self.file.path}: {group.full_name(key)}: expected a plain tensor to write as {name}, "
+                f"got a {kind} one.\n"
+                "Leave its dtype as it is, or save it plain: tensor.to_dense()."
+            )
+        return self._cast(group, key, dtype)
 
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """Return the dtype that a tensor is to have."""

@@ -244,7 +244,7 @@ def _splittings(
     for group, keys in scanned.plain.items():
         local = options.within(group.path)
         for key in keys:
-            norm = _asked(group, key, norms)
+            norm = None if casting.file.unusual(group, key) else _asked(group, key, norms)
             if norm is not None:
                 yield _splitting(casting, group, key, norm=norm, to=to, options=local)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchkiln._core.errors import CheckpointError
 from torchkiln.checkpoint._bytes import OutputFile, nbytes
 from torchkiln.checkpoint._dcp_file import METADATA
-from torchkiln.checkpoint._io import Content, Entry, Piece, placeholder
+from torchkiln.checkpoint._io import Content, Entry, Piece, placeholder, unusual
 from torchkiln.checkpoint._safetensors_sink import contiguous
 from torchkiln.checkpoint._stream import Advance
 from torchkiln.checkpoint._team import Team
@@ -53,6 +53,11 @@ class DcpSink:
                 )
             self._paths[name] = path
             if isinstance(value, Tensor):
+                if kind := unusual(value):
+                    raise CheckpointError(
+                        f"{name}: is a {kind} tensor, and a distributed checkpoint holds plain ones alone.\n"
+                        'Choose a name ending in ".pt".'
+                    )
                 entry = Entry(tuple(value.shape), value.dtype)
                 self._tensors[name] = (entry, contiguous(value.detach(), content))
             else:

@@ -39,6 +39,7 @@ __all__ = [
     "as_stored",
     "placeholder",
     "replaced",
+    "unusual",
 ]
 
 
@@ -155,6 +156,10 @@ class CheckpointFile(ABC):
     def extent(self, group: Group, key: str) -> Extent | None:
         """Return the bytes of one tensor where they lie together and in order."""
 
+    def unusual(self, group: Group, key: str) -> str:  # noqa: ARG002  # most files hold plain tensors alone
+        """Return what a tensor is whose values are not simply its elements (see :func:`unusual`); mostly empty."""
+        return ""
+
     @abstractmethod
     def changed(self, changes: Sequence[Change]) -> Content:
         """Return the whole content with the changes made; `groups` may be used up by it, `read` is not."""
@@ -187,6 +192,20 @@ class CheckpointFile(ABC):
 def placeholder(entry: Entry) -> Tensor:
     """Return a tensor of this shape and dtype that has no memory."""
     return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
+def unusual(tensor: Tensor) -> str:
+    """Return ``"sparse"``, ``"quantized"`` or ``"nested"``, and nothing for a tensor whose values are its elements.
+
+    Example:
+        >>> unusual(torch.eye(3).to_sparse())
+        'sparse'
+    """
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_quantized:
+        return "quantized"
+    return "sparse" if tensor.layout != torch.strided else ""
 
 
 def as_stored(value: Tensor, originals: Sequence[Tensor]) -> Tensor:

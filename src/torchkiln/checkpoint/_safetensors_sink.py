@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchkiln._core.errors import CheckpointError
 from torchkiln.checkpoint._bytes import Extent, InputFile, OutputFile, as_bytes, nbytes
-from torchkiln.checkpoint._io import Content, Entry, Made, Piece
+from torchkiln.checkpoint._io import Content, Entry, Made, Piece, unusual
 from torchkiln.checkpoint._safetensors_header import make_header, read_header
 from torchkiln.checkpoint._stream import Advance, Job, pump
 from torchkiln.checkpoint._team import Team
@@ -168,10 +168,10 @@ def flat(content: Content, *, target: Path) -> dict[str, tuple[Entry, Piece]]:
         raise CheckpointError(_not_flat(target, f"a {type(content.root).__name__} at the top"))
     tensors: dict[str, tuple[Entry, Piece]] = {}
     for key, value in content.root.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+        if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(_not_flat(target, f"a {type(value).__name__} under {key!r}"))
-        if value.is_quantized:
-            raise CheckpointError(_not_flat(target, f"a quantized tensor under {key!r}"))
+        if kind := unusual(value):
+            raise CheckpointError(_not_flat(target, f"a {kind} tensor under {key!r}"))
         tensors[key] = (Entry(tuple(value.shape), value.dtype), contiguous(value.detach(), content))
     return tensors
 

@@ -41,6 +41,10 @@ class Recent:
         """Return the bytes of one tensor where they lie together and in order."""
         return self._file.extent(group, key)
 
+    def unusual(self, group: Group, key: str) -> str:
+        """Return what a tensor is whose values are not simply its elements; mostly empty."""
+        return self._file.unusual(group, key)
+
     def forget(self) -> None:
         """Give the memory back."""
         self._kept.clear()
@@ -83,7 +87,16 @@ class Found:
     @property
     def blocked(self) -> str:
         """Why it cannot be folded; empty if it can."""
-        return next((self.group.full_name(part.blocked) for part in self.parts if part.blocked), "")
+        blocked = next((part.blocked for part in self.parts if part.blocked), "")
+        unusual = ((key, self.recent.unusual(self.group, key)) for key in self.keys)
+        for key, kind in unusual if not blocked else ():
+            if kind:
+                blocked = (
+                    f"{key}: is a {kind} tensor, and {self.item.spelling} is computed from plain ones.\n"
+                    f"Save it as one: {'tensor.dequantize()' if kind == 'quantized' else 'tensor.to_dense()'}."
+                )
+                break
+        return blocked and self.group.full_name(blocked)
 
 
 @dataclass(frozen=True)

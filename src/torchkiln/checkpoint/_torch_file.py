@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from torchkiln.checkpoint._io import (
     as_stored,
     placeholder,
     replaced,
+    unusual,
 )
 from torchkiln.checkpoint._safetensors_sink import gathered
 from torchkiln.checkpoint._torch_archive import read_archive
@@ -66,7 +68,7 @@ def _load(path: Path, records: Mapping[str, Extent]) -> tuple[Any, dict[int, Ext
         except NotImplementedError:
             pass  # torch knows kinds of tensors, quantized ones among them, that cannot be without memory
         else:
-            if _all_located(content, extents):
+            if _all_located(content, extents, path):
                 return content, extents
     try:
         return _torch_load(path, device="cpu"), {}
@@ -80,7 +82,7 @@ def _load_legacy(path: Path, file: InputFile) -> tuple[Any, dict[int, Extent]]:
         content, extents = read_legacy(file)
     except Exception:  # noqa: BLE001  # damaged, or of some older kind: torch says what it is, or reads it
         return _load(path, {})
-    return (content, extents) if _all_located(content, extents) else _load(path, {})
+    return (content, extents) if _all_located(content, extents, path) else _load(path, {})
 
 
 def _is_native(records: Mapping[str, Extent]) -> bool:
@@ -93,7 +95,9 @@ def _is_native(records: Mapping[str, Extent]) -> bool:
 def _torch_load(path: Path, *, device: str) -> Any:
     try:
         # A stream, because torch.load takes a suffix for the container, whatever the file is.
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            # That a kind of tensor is new or old concerns whoever wrote it.
+            warnings.simplefilter("ignore")
             return torch.load(file, map_location=device, weights_only=True)
     except NotImplementedError:
         raise
@@ -101,10 +105,10 @@ def _torch_load(path: Path, *, device: str) -> Any:
         raise CheckpointError(_refusal(path, str(error))) from error
 
 
-def _all_located(content: Any, extents: Mapping[int, Extent]) -> bool:
+def _all_located(content: Any, extents: Mapping[int, Extent], path: Path) -> bool:
     """Tell whether every tensor is one whose bytes are those of a record; torch computes offsets by its own rule."""
-    for tensor in _Walk(content).tensors:
-        if tensor.layout != torch.strided or tensor.is_quantized or type(tensor) not in (Tensor, Parameter):
+    for tensor in _Walk(content, path).tensors:
+        if unusual(tensor) or type(tensor) not in (Tensor, Parameter):
             return False
         if any(number < 0 for number in (*tensor.shape, *tensor.stride())):
             return False  # which torch refuses as soon as there is memory
@@ -150,7 +154,7 @@ class _TorchFile(CheckpointFile):
         self.inputs = (file,)
         self._content, self._held = content, Content()
         self._held.stored_at(extents)
-        walk = _Walk(content)
+        walk = _Walk(content, path)
         self._mappings = {_group(where, mapping): mapping for where, mapping in walk.mappings}
         # The content changes when it is rewritten; what is computed from it is read after that.
         self._tensors: dict[Group, dict[str, Tensor]] = {
@@ -174,6 +178,9 @@ class _TorchFile(CheckpointFile):
             return None
         extent = cast(Extent, self._held.piece(tensor.untyped_storage()))
         return extent.part(int(tensor.storage_offset()) * tensor.element_size(), nbytes(_entry(tensor)))
+
+    def unusual(self, group: Group, key: str) -> str:
+        return unusual(self._tensors[group][key])
 
     def identity(self, group: Group, key: str) -> Hashable:
         tensor = self._tensors[group][key]
@@ -216,7 +223,8 @@ def _rewrite(mapping: Store, items: Mapping[Any, Any], changes: Sequence[Change]
 class _Walk:
     """Finds every mapping that holds tensors by name, and every tensor that lies elsewhere."""
 
-    def __init__(self, content: Any) -> None:
+    def __init__(self, content: Any, file: Path) -> None:
+        self._file = file
         self.mappings: list[tuple[tuple[str, ...], Store]] = []
         self.loose: list[Entry] = []
         self.tensors: list[Tensor] = []
@@ -227,6 +235,7 @@ class _Walk:
         while pending:
             node, path = pending.pop()
             if isinstance(node, Tensor):
+                self._check(node, path)
                 self.loose.append(_entry(node))
                 self.tensors.append(node)
             elif id(node) not in seen:
@@ -239,11 +248,20 @@ class _Walk:
             return list(enumerate(node))
         if not isinstance(node, MutableMapping):
             return []
+        for key in (key for key, child in node.items() if _is_named_tensor(key, child)):
+            self._check(node[key], (*path, key))
         if _entries(node):
             self.mappings.append((path, node))
             self.tensors += [child for key, child in node.items() if _is_named_tensor(key, child)]
         self.has_optimizer |= {"state", "param_groups"} <= node.keys()
         return [(key, child) for key, child in node.items() if not _is_named_tensor(key, child)]
+
+    def _check(self, tensor: Tensor, path: tuple[str, ...]) -> None:
+        if unusual(tensor) == "nested":
+            raise CheckpointError(
+                f"{self._file}: {'.'.join(path)} is a nested tensor, which has no shape.\n"
+                "Save the tensors that it consists of: tensor.unbind()."
+            )
 
 
 def _is_named_tensor(key: Any, value: Any) -> bool:

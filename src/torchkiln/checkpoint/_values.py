@@ -13,7 +13,7 @@ from torchkiln.checkpoint._io import CheckpointFile, Group
 from torchkiln.checkpoint._report import Note
 from torchkiln.checkpoint._rows import rows_of
 
-__all__ = ["blocks_of", "not_finite"]
+__all__ = ["blocks_of", "not_finite", "parts_of"]
 
 
 def not_finite(file: CheckpointFile) -> Iterator[Note]:
@@ -37,12 +37,32 @@ def not_finite(file: CheckpointFile) -> Iterator[Note]:
 def _counts(file: CheckpointFile, group: Group, key: str) -> tuple[int, int]:
     nans = infinite = 0
     for block in blocks_of(file, group, key):
+        block = parts_of(block)[-1]
         # A byte of float is a number in all of its kinds that torch can sum, and only there.
         wide = block.float() if block.dtype.itemsize == 1 else block
         if not bool(torch.isfinite(wide.sum())):
             nans += int(torch.isnan(wide).sum())
             infinite += int(torch.isinf(wide).sum())
     return nans, infinite
+
+
+def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the plain tensors that a tensor consists of, its values the last: of a plain one itself.
+
+    Example:
+        >>> [part.tolist() for part in parts_of(torch.tensor([0.0, 3.0]).to_sparse())]
+        [[[1]], [3.0]]
+    """
+    if tensor.is_quantized:
+        return (tensor.dequantize(),)
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return tensor.indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
 
 
 def blocks_of(file: CheckpointFile, group: Group, key: str) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from torchkiln.checkpoint._open import open_checkpoint
 from torchkiln.checkpoint._report import Checked, Note, Verification
 from torchkiln.checkpoint._scan import Found, Scan, refuse_blocked, scan
 from torchkiln.checkpoint._specs import Also
+from torchkiln.checkpoint._values import parts_of
 from torchkiln.checkpoint._write import Progress
 
 __all__ = ["verify"]
@@ -170,10 +171,20 @@ def _pair(name: str, mine: _Value | None, theirs: _Value | None, *, where: tuple
     a, b = mine.entry, theirs.entry
     if a.shape != b.shape:
         return Checked(name, spelling, math.nan, math.nan, False, f"shape {a.shape} and {b.shape}")
-    found, values = mine.found or theirs.found, (mine.get(), theirs.get())
-    absolute, relative = differences(found, *values) if found else errors(*values)
-    if found:
-        found.forget()
+    absolute, relative = _differences(mine.found or theirs.found, mine.get(), theirs.get())
     reason = f"dtype {a.dtype} and {b.dtype}" if a.dtype != b.dtype else ""
     reason = reason or beyond(relative, a.dtype, folded=spelling != "plain")
     return Checked(name, spelling, absolute, relative, not reason, reason)
+
+
+def _differences(found: Found | None, mine: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """Return the largest difference and the same relative to the largest magnitude, or to what rounding grows with."""
+    if found is not None:
+        pair = differences(found, mine, theirs)
+        found.forget()
+        return pair
+    parts = parts_of(mine.detach()), parts_of(theirs.detach())
+    if [part.shape for part in parts[0]] != [part.shape for part in parts[1]]:
+        return math.inf, math.inf  # one is sparse, or has other entries
+    pairs = [errors(one, two) for one, two in zip(*parts, strict=True)]
+    return max(absolute for absolute, _ in pairs), max(relative for _, relative in pairs)

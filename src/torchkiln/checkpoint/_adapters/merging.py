@@ -176,7 +176,8 @@ def plan_merging(adapters: Sequence[OpenAdapter], file: CheckpointFile, base: Ba
     for adapter in adapters:
         _plan_one(merging, adapter, file, base)
     for (group, name), steps in merging.steps.items():
-        _check_together(group.full_name(name), base[group][name], steps)
+        kind = file.unusual(group, name) if name in group.entries else ""
+        _check_together(group.full_name(name), base[group][name], steps, kind=kind)
     _tie(merging, file)
     return merging
 
@@ -335,8 +336,10 @@ def _tensors_of(module: str, tensor: str, base: Mapping[str, Entry], rename: Ren
     return {name: entry for name, entry in found.items() if entry is not None}
 
 
-def _check_together(name: str, entry: Entry, steps: Sequence[Step]) -> None:
+def _check_together(name: str, entry: Entry, steps: Sequence[Step], *, kind: str) -> None:
     """Raise unless a tensor can be changed so: numbers it can hold, and changes that have an order."""
+    if kind:
+        raise CheckpointError(f"{name}: is a {kind} tensor. Merge into the base that it was made from.")
     if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
         raise CheckpointError(
             f"{name}: is {entry.dtype}, quantized. Merge into the base that it was made from."
