@@ -356,7 +356,7 @@ class _SpectralNorm(AdvancingStep):
             return F.normalize(weight, dim=0, eps=self.eps)
         u, v = self.current_state(weight)
         at = spectral_maps.Iterate(u, v, self.__dict__.pop("_image", None))
-        return spectral_maps.spectral_normalize(weight, at, self.dim)
+        return spectral_maps.spectral_normalize(weight, at, self.dim, trains=self.training)
 
     def likeness(self, weight: Tensor) -> Hashable:
         """Return what has to be equal to be evaluated together, beside the weights; None where it does not pay."""

@@ -111,7 +111,7 @@ def evaluate_together(model: nn.Module) -> Iterator[None]:
     as outside of the context: other parametrizations, layers that have no like, and on a CPU, where the batch would
     leave the cache, orthogonal matrices above 128x128 and spectral norms above 64x64.
 
-    48 layers of 64x64 in training, on a CPU: orthogonal 1.5 to 2.5 times as fast, spectral norm 1.2 times. To enter the
+    48 layers of 64x64 in training, on a CPU: orthogonal about twice as fast, spectral norm 1.4 times. To enter the
     context takes a look at each module; it sees optimizer steps, and may stay open for as long as the model trains.
 
     Layers evaluated together share a graph. A backward pass from some of them frees it for the others: what was

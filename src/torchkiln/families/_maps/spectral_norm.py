@@ -135,7 +135,7 @@ def can_look(x: Tensor) -> bool:
 # --- division -----------------------------------------------------------------------------------------------------
 
 
-def spectral_normalize(W: Tensor, at: Iterate, dim: int) -> Tensor:
+def spectral_normalize(W: Tensor, at: Iterate, dim: int, *, trains: bool = True) -> Tensor:
     r"""Return :math:`W / \sigma` with :math:`\sigma = u^H M v`, ``M`` the matrix of ``W`` (:func:`as_matrix`).
 
     :math:`\sigma` is the spectral norm where ``u`` and ``v`` are the leading singular vectors; they are constants of
@@ -145,21 +145,25 @@ def spectral_normalize(W: Tensor, at: Iterate, dim: int) -> Tensor:
         W: the tensor.
         at: the singular vectors.
         dim: the dimension of the rows.
+        trains: whether a gradient is to be expected, which is then prepared for. The value is the same to the bit.
     """
     if W.dtype in _NARROW or _autocasts():
         with full_precision(W):
             wide = widen(W)
             at = Iterate(at.u.to(wide.dtype), at.v.to(wide.dtype))
-            return _divide(wide, at, dim).to(W.dtype)
-    return _divide(W, at, dim)
+            return _divide(wide, at, dim, trains=trains).to(W.dtype)
+    return _divide(W, at, dim, trains=trains)
 
 
-def _divide(W: Tensor, at: Iterate, dim: int) -> Tensor:
+def _divide(W: Tensor, at: Iterate, dim: int, *, trains: bool) -> Tensor:
     if W.is_complex() or not has_kernel(W):
         return W / beside(_nonzero(_sigma(W, at, dim)), W)
-    if W.numel() >= LARGE:
+    if W.numel() < LARGE:
+        sigma = torch.dot(at.u, torch.mv(as_matrix(W, dim), at.v))
+    elif trains:
         return _divide_large(W, at, dim)
-    sigma = torch.dot(at.u, torch.mv(as_matrix(W, dim), at.v))
+    else:
+        sigma = torch.dot(_image(W, at.u, dim), at.v)
     return W / (sigma if sigma.is_cpu and sigma.item() else _nonzero(sigma))
 
 
