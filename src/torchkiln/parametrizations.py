@@ -313,6 +313,7 @@ class _SpectralNorm(AdvancingStep):
 
     sharding = "reduced"
     state_names = ("_u", "_v")
+    fewest_on_cpu = 10
 
     def __init__(self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12) -> None:
         super().__init__()
@@ -360,7 +361,7 @@ class _SpectralNorm(AdvancingStep):
 
     def likeness(self, weight: Tensor) -> Hashable:
         """Return what has to be equal to be evaluated together, beside the weights; None where it does not pay."""
-        pays = not weight.is_cpu or weight.numel() <= 64 * 64
+        pays = not weight.is_cpu or weight.numel() <= 128 * 128
         plain = pays and weight.ndim > 1 and widen(weight) is weight
         return (self.dim, self.eps, self.n_power_iterations) if plain else None
 
