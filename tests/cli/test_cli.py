@@ -429,3 +429,23 @@ def test_a_reader_that_went_away_is_no_error(blocks: Path) -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(timeout=120) == 141
+
+
+@pytest.mark.parametrize("command", ["inspect", "bake", "convert", "verify", "demo"])
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_help_fits_a_terminal(
+    width: int, command: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = run(command, "--help").out
+    assert max(map(len, out.splitlines())) <= width
+    # The explanations have half of the line, and no word of an option or an example is broken.
+    assert next(line for line in out.splitlines() if "Print one JSON" in line).index("Print") <= 45
+    examples = out.partition("Examples")[2].partition("╭")[0].split("\n")
+    commands = [line for line in examples if line.strip()]
+    assert all(line.strip().startswith(("torchkiln ", "torchrun ")) for line in commands)
+
+
+def test_the_second_look_is_on_and_can_be_asked_for(run: Run, blocks: Path) -> None:
+    assert run("bake", blocks, "-o", "out.pt", "--verify").status == 0
+    assert "--verify" not in run("bake", "--help").out.replace("--no-verify", "")

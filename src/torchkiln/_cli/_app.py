@@ -31,6 +31,7 @@ from torchkiln._cli._options import (
     Include,
     Json,
     KeepGoing,
+    NoVerify,
     Out,
     Spelling,
     Verify,
@@ -83,7 +84,7 @@ def run(arguments: Sequence[str]) -> int:
 @app.callback(invoke_without_command=True)
 def torchkiln_command(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the versions of torchkiln and torch.")
+        bool, typer.Option("--version", metavar="", help="Print the versions of torchkiln and torch.")
     ] = False,
 ) -> None:
     """Fold norms, orthogonal maps and pruning masks out of checkpoint files, or put norms in, without model code.
@@ -110,13 +111,17 @@ def torchkiln_command(
 def inspect(
     file: File,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Read the values too: NaN, zero rows, lost unit length, open dims.")
+        bool,
+        typer.Option(
+            "--deep", metavar="", help="Read the values too: NaN, zero rows, lost unit length, open dims."
+        ),
     ] = False,
     json: Json = False,
 ) -> None:
     """Show what FILE holds, what is parametrized or suspicious in it, and what to run next.
 
-    Exit status: 0 for every readable file, also one with nothing to fold; 1 for a file that cannot be read.
+    Exit status: 0 for every readable file, also one with nothing to fold; 1 for
+    a file that cannot be read.
 
     Examples
 
@@ -145,16 +150,19 @@ def bake(
     exclude: Exclude = None,
     keep_going: KeepGoing = False,
     verify: Verify = True,
+    no_verify: NoVerify = False,
     *,
     writing: Writing,
 ) -> None:
     """Fold FILE's parametrized tensors to plain ones, and merge adapters into it.
 
-    Everything else passes through bit for bit; FILE itself is never modified. OUT appears whole or not at all: after
-    an error, an interruption or a crash there is nothing to clean up or to resume, and the command can be run again.
-    The processes that torchrun starts bake a directory together, each its part.
+    Everything else passes through bit for bit; FILE itself is never modified.
+    OUT appears whole or not at all: after an error, an interruption or a crash
+    there is nothing to clean up or to resume, and the command can be run again.
+    The processes that torchrun starts bake a directory together.
 
-    Exit status: 0 when OUT is written; 1, and no OUT, where there is nothing to fold or a tensor cannot be folded.
+    Exit status: 0 when OUT is written; 1, and no OUT, where there is nothing to
+    fold or a tensor cannot be folded.
 
     Examples
 
@@ -162,8 +170,8 @@ def bake(
       torchkiln bake net.pt -o plain.pt --assume '*.proj.weight=cayley'
       torchkiln bake net.pt -o plain.pt --dim '*.weight=0' --force
       torchkiln bake net.pt -o net.safetensors --rename module.= --dtype bfloat16
-      torchkiln bake model.safetensors.index.json -o plain --max-shard-size 5GB --dry-run
-      torchkiln bake model.safetensors -o merged.safetensors --adapter lora --adapter style --weight 0.5
+      torchkiln bake big.safetensors -o plain --max-shard-size 5GB --dry-run
+      torchkiln bake base.pt -o new.pt --adapter lora --adapter style --weight 0.5
       torchrun --nproc-per-node 8 -m torchkiln bake step-1000 -o plain
     """
     with launched_group() as group, _console.progress("baking") as progress:
@@ -174,7 +182,7 @@ def bake(
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
             keep_going=keep_going,
-            verify=verify,
+            verify=verify and not no_verify,
             progress=progress,
             group=group,
             **writing.arguments(),
@@ -190,7 +198,11 @@ def convert(
     file: File,
     out: Out,
     to: Annotated[
-        Spelling | None, typer.Option(help="The spelling to write; the one there is if not given.")
+        Spelling | None,
+        typer.Option(
+            metavar="SPELLING",
+            help="The spelling to write, torch, legacy or plain; the one there is if not given.",
+        ),
     ] = None,
     weight_norm: Annotated[
         list[str] | None,
@@ -205,10 +217,12 @@ def convert(
 ) -> None:
     """Rewrite FILE in another spelling or another format, or put norms in.
 
-    The spellings are torch's parametrizations, the legacy hooks (weight_g and weight_v), and plain tensors. The
-    formats are safetensors (one file or shards), files of torch.save, and distributed checkpoints.
+    The spellings are torch's parametrizations, the legacy hooks (weight_g and
+    weight_v), and plain tensors. The formats are safetensors (one file or
+    shards), files of torch.save, and distributed checkpoints.
 
-    Exit status: 0 when OUT is written; 1, and no OUT, where there is nothing to convert or a tensor is refused.
+    Exit status: 0 when OUT is written; 1, and no OUT, where there is nothing to
+    convert or a tensor is refused.
 
     Examples
 
@@ -242,9 +256,11 @@ def verify(
 ) -> None:
     """Check FILE's folds in float64, or against OTHER.
 
-    Every parametrized tensor is computed again in float64; the largest errors are reported.
+    Every parametrized tensor is computed again in float64, and the largest
+    errors are reported. With OTHER both are folded and compared, name by name.
 
-    Exit status: 0 when all agree; 1 where a tensor differs by more than rounding explains.
+    Exit status: 0 when all agree; 1 where a tensor differs by more than rounding
+    explains.
 
     Examples
 
@@ -272,7 +288,8 @@ def demo(
 
     Needs scikit-learn: pip install 'torchkiln\\[demo]'.
 
-    Exit status: 0 when the plain networks predict the same as the trained one; 1 when a prediction changed.
+    Exit status: 0 when the plain networks predict the same as the trained one;
+    1 when a prediction changed.
 
     Examples
 

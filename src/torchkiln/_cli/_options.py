@@ -27,6 +27,7 @@ __all__ = [
     "Include",
     "Json",
     "KeepGoing",
+    "NoVerify",
     "Out",
     "Rename",
     "ShardSize",
@@ -83,9 +84,12 @@ Out = Annotated[
     ),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Replace OUT if it is a file; a directory is never replaced.")
+    bool,
+    typer.Option("--force", metavar="", help="Replace OUT if it is a file; a directory is never replaced."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print one JSON document on stdout and nothing else.")
+]
 Assume = Annotated[
     list[str] | None,
     typer.Option(
@@ -117,12 +121,17 @@ Rename = Annotated[
 ]
 Dtype = Annotated[
     DtypeName | None,
-    typer.Option(help="Write every tensor of floats in this dtype; each is rounded once."),
+    typer.Option(
+        metavar="DTYPE",
+        help="Write every tensor of floats in this dtype, rounded once: float64, float32, float16 or bfloat16.",
+    ),
 ]
 Format = Annotated[
     FormatName | None,
     typer.Option(
-        "--format", help="What to write where OUT's name does not say: dcp is a distributed checkpoint."
+        "--format",
+        metavar="FORMAT",
+        help="What to write where OUT's name does not say: safetensors, torch, or dcp (a distributed checkpoint).",
     ),
 ]
 ShardSize = Annotated[
@@ -136,19 +145,27 @@ ShardSize = Annotated[
 KeepGoing = Annotated[
     bool,
     typer.Option(
-        "--keep-going", help="Leave tensors whose rule is not known as they are, with a warning for each."
+        "--keep-going",
+        metavar="",
+        help="Leave tensors whose rule is not known as they are, with a warning for each.",
     ),
 ]
-Verify = Annotated[
+# Two options for one answer: a column for the other name of this one alone would squeeze all the help.
+Verify = Annotated[bool, typer.Option("--verify", hidden=True)]
+NoVerify = Annotated[
     bool,
     typer.Option(
-        "--verify/--no-verify", help="Compute every folded tensor in a second way before it is written."
+        "--no-verify",
+        metavar="",
+        help="Write folded tensors without computing each in a second way, and comparing.",
     ),
 ]
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Write nothing; print what would be, with sizes and an estimate of the time."
+        "--dry-run",
+        metavar="",
+        help="Write nothing; print what would be, with sizes and an estimate of the time.",
     ),
 ]
 AdapterFolder = Annotated[
