@@ -342,6 +342,7 @@ class _Story:
     def ends(self, report: DemoReport, *, keep: Path | None) -> None:
         self._step(4, f"compare on the {report.test_images} test images")
         self._console.print(_comparison_table(report))
+        self._say("files are folded by torch's maps, which torchkiln's equal to rounding")
         if keep is not None:
             self._say(f"kept: {keep / _SOURCE}, {keep / _TARGET}")
         if report.identical:

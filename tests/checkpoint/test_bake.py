@@ -58,6 +58,33 @@ def test_orthogonal_with_its_map_passed(
     assert checkpoint.verify(source, assume={"weight": kind}).ok
 
 
+@pytest.mark.parametrize(("sign", "lost"), [(1.0, 0), (-1.0, 0), (1.5, 0), (0.99, 1), (-0.5, 1), (0.0, 1)])
+def test_columns_that_householder_of_torch_makes_zeros_are_warned_of(
+    sign: float, lost: int, tmp_path: Path
+) -> None:
+    module = parametrizations.orthogonal(
+        nn.Linear(5, 5), orthogonal_map="householder", use_trivialization=False
+    )
+    with torch.no_grad():
+        module.parametrizations.weight.original.fill_diagonal_(1)[2, 2] = sign
+    source = save(module.state_dict(), tmp_path / "in.pt")
+    report = checkpoint.bake(source, tmp_path / "out.pt", assume={"weight": "householder"})
+    baked = torch.load(tmp_path / "out.pt")["weight"]
+    assert torch.equal(baked, module.weight.detach())
+    assert int((baked == 0).all(0).sum()) == lost
+    warned = [note.text for note in report.notes if note.level == "warning"]
+    assert len(warned) == lost
+    assert all("weight.original: 1 of 5 on the diagonal are between -1 and 1" in text for text in warned)
+
+
+def test_orthogonal_says_whose_map_it_was(tmp_path: Path) -> None:
+    module = parametrizations.orthogonal(nn.Linear(5, 5))
+    source = save(module.state_dict(), tmp_path / "in.pt")
+    (row,) = checkpoint.bake(source, tmp_path / "out.pt", assume={"*": "matrix_exp"}).rows
+    assert row.notes == ("computed by torch's map, to the bit; a model under torchkiln's has it to rounding",)
+    assert torch.equal(torch.load(tmp_path / "out.pt")["weight"], module.weight.detach())
+
+
 def test_chain_of_orthogonal_and_spectral_norm_is_applied_in_order(tmp_path: Path) -> None:
     module = parametrizations.orthogonal(nn.Linear(4, 4).double(), orthogonal_map="cayley")
     parametrizations.spectral_norm(module)

@@ -441,7 +441,7 @@ def test_the_help_fits_a_terminal(
     assert max(map(len, out.splitlines())) <= width
     # The explanations have half of the line, and no word of an option or an example is broken.
     assert next(line for line in out.splitlines() if "Print one JSON" in line).index("Print") <= 45
-    examples = out.partition("Examples")[2].partition("╭")[0].split("\n")
+    examples = out.partition("Examples")[2].partition("\u256d")[0].split("\n")
     commands = [line for line in examples if line.strip()]
     assert all(line.strip().startswith(("torchkiln ", "torchrun ")) for line in commands)
 

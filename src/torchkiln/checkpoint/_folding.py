@@ -22,6 +22,10 @@ from torchkiln.checkpoint._team import Team
 __all__ = ["Folding", "dtype_name"]
 
 
+# A file does not say whose module it was trained in.
+_ORTHOGONAL = "computed by torch's map, to the bit; a model under torchkiln's has it to rounding"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return what to call a dtype.
 
@@ -138,7 +142,10 @@ class Folding:
             written=(self.rename(item.name),),
             dim=said.dim if said else known_dim(found),
             assumptions=tuple(said.assumptions) if said else item.assumptions,
-            notes=() if computed == dtype else (f"computed in {dtype_name(computed)}, rounded once",),
+            notes=(
+                *(() if computed == dtype else (f"computed in {dtype_name(computed)}, rounded once",)),
+                *((_ORTHOGONAL,) if any(step.kind == "orthogonal" for step in item.steps) else ()),
+            ),
         )
 
     def warnings(self, found: Sequence[Found]) -> list[Note]:

@@ -171,9 +171,22 @@ class Evaluator:
         elif step.kind == "orthogonal":
             base = self._read(step.state[0], result) if step.state else None
             assert step.map is not None
+            if step.map == "householder":
+                self._look_at_signs(item.originals[-1], result)
             result.tensor = fold.orthogonal(result.tensor, base, step.map)
         elif step.kind == "pruning":
             result.tensor = fold.apply_mask(result.tensor, self._read(step.state[0], result))
+
+    def _look_at_signs(self, key: str, result: Evaluation) -> None:
+        """Warn where torch's map multiplies columns by 0: it cuts off what is behind the point of the diagonal."""
+        signs = result.tensor.diagonal(dim1=-2, dim2=-1)
+        lost = int((signs.trunc() == 0).sum())
+        if lost:
+            result.warnings.append(
+                f"{self._group.full_name(key)}: {lost} of {signs.numel()} on the diagonal are between -1 and 1 (weight "
+                "decay?): torch's map makes columns of zeros there, torchkiln's goes by their signs. If it was trained "
+                "with torchkiln, bake the model"
+            )
 
     def _weight_norm(self, step: Step, item: Spelled, result: Evaluation) -> None:
         g, v = self._read(item.originals[0], result), result.tensor
