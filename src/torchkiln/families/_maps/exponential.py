@@ -10,8 +10,8 @@ F is W, H is M, each with a sum of lower powers, and what is added is such a sum
 bound its norm well, and s stays small.
 
 **Derivative.** The same products in reverse. Of a cotangent of B only the Hermitian part counts, and of one of A the
-skew one, so that a square costs one product; there are five in all, and two for each of the s squarings. W and B are
-kept as the two halves of one matrix.
+skew one, so that a square costs one product; there are five in all, and two for each of the s squarings. The Hermitian
+part of F and M are kept as the two halves of one matrix.
 
 s and the coefficients are chosen on the host, from a few numbers: a device is waited for once, in the value alone.
 While a graph is captured, which forbids it, the device chooses s itself.
@@ -42,7 +42,8 @@ from torchkiln.families._maps.skew import SkewFunction
 
 __all__ = ["EXPONENTIAL"]
 
-# W and B, packed; and bounds of the norms of A on the host, or the numbers of squarings where a device chose them.
+# The Hermitian part of F and M, packed; and bounds of the norms of A on the host, or the numbers of squarings where a
+# device chose them.
 Kept = tuple[Tensor, Tensor]
 
 
@@ -115,12 +116,12 @@ def _by_device(A: Tensor, B: Tensor, B2: Tensor) -> tuple[Tensor, Kept]:
 
 
 def _minus_one(series: Series, A: Tensor, B: Tensor, B2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return :math:`e^A - I`, and W and B packed."""
+    """Return :math:`e^A - I`, and what is kept; ``B2`` is used up."""
+    x, x1, x2 = series.first
     M = B2.add_(B, alpha=series.a)
-    W = square(M)
-    halves = packed(W, B)
-    first, second = _first_(W, series, A, B, M), _second(series, A, B, M)
-    return add_product_(_rest_(M, series, A, B), first, second, alpha=series.factor), halves
+    first = square(M).add_(M, alpha=x2).add_(B, alpha=x1)
+    halves = packed(first, M)
+    return _multiplied(series, B, M, first.add_(A, alpha=x), _second(series, A, B, M), out=M), halves
 
 
 def _squared(D: Tensor, steps: Steps) -> Tensor:
@@ -135,22 +136,19 @@ def _squared(D: Tensor, steps: Steps) -> Tensor:
     return _plus_identity_(D)
 
 
-# --- its parts: what ends in _ is computed in the place of its first argument ------------------------------------
-
-
-def _first_(W: Tensor, series: Series, A: Tensor, B: Tensor, M: Tensor) -> Tensor:
-    x, x1, x2 = series.first
-    return W.add_(M, alpha=x2).add_(B, alpha=x1).add_(A, alpha=x)
-
-
 def _second(series: Series, A: Tensor, B: Tensor, M: Tensor) -> Tensor:
+    """Return the second factor, H."""
     y0, y, y1 = series.second
     return _plus_identity_(torch.add(M, B, alpha=y1).add_(A, alpha=y), y0)
 
 
-def _rest_(M: Tensor, series: Series, A: Tensor, B: Tensor) -> Tensor:
-    z0, z, z1, z2 = series.rest
-    return _plus_identity_(M.mul_(z2).add_(B, alpha=z1).add_(A, alpha=z), z0)
+def _multiplied(
+    series: Series, B: Tensor, M: Tensor, first: Tensor, second: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """Return :math:`e^A - I` by its factors."""
+    z0, z1, z2 = series.rest
+    rest = torch.add(B, M, alpha=z2 / z1, out=out)
+    return _plus_identity_(add_product_(rest, first, second, beta=z1, alpha=series.factor), z0)
 
 
 def _plus_identity_(A: Tensor, factor: float = 1) -> Tensor:
@@ -178,10 +176,10 @@ def _pulled_back(A: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
     if _differ(numbers):
         each = zip(A, halves, numbers, G, strict=True)
         return torch.stack([_pulled_back(X, (half, number), H) for X, half, number, H in each])
-    steps, series, A, B, B2, W = _powers(A, halves, numbers)
-    M = B2.add_(B, alpha=series.a)
-    first, second = _first_(W, series, A, B, M), _second(series, A, B, M)
-    roots = _roots(steps, series, A, B, M, first, second)
+    steps, series, A, B, M, first = _powers(A, halves, numbers)
+    first.add_(A, alpha=series.first[0])
+    second = _second(series, A, B, M)
+    roots = _roots(steps, series, B, M, first, second)
     for step, R in zip(reversed(computed(steps)), reversed(roots), strict=True):
         G = taken(step, steps, new=add_product(G @ R.mH, R.mH, G), old=G)
     return divided(minus_adjoint(_through_products(series, A, B, M, first, second, G)), steps)
@@ -191,43 +189,39 @@ def _through_products(
     series: Series, A: Tensor, B: Tensor, M: Tensor, first: Tensor, second: Tensor, G: Tensor
 ) -> Tensor:
     """Return a matrix with that skew-Hermitian part, without squarings; ``first`` and ``second`` are used up."""
-    (x, x1, x2), (_, y, y1), (_, z, z1, z2) = series.first, series.second, series.rest
+    (x, x1, x2), (_, y, y1), (_, z1, z2) = series.first, series.second, series.rest
     of_first = _product(G, second.mH, series.factor)
     of_second = _product(first.mH, G, series.factor, out=second)
     total = torch.add(of_second, of_first, alpha=x2, out=first).add_(G, alpha=z2)
     add_product_(total, M, plus_adjoint(of_first))
     add_product_(total, B, plus_adjoint(total), beta=series.a)
     total.add_(of_first, alpha=x1).add_(of_second, alpha=y1).add_(G, alpha=z1)
-    add_product_(of_first, A, plus_adjoint(total), beta=x, alpha=-1)
-    return of_first.add_(of_second, alpha=y).add_(G, alpha=z)
+    return add_product_(of_first, A, plus_adjoint(total), beta=x, alpha=-1).add_(of_second, alpha=y)
 
 
 def _powers(
     A: Tensor, halves: Tensor, numbers: Tensor
 ) -> tuple[Steps, Series, Tensor, Tensor, Tensor, Tensor]:
-    """Return s and the series, and A, B, its square and W for :math:`A/2^s`."""
+    """Return s and the series, and for :math:`A/2^s` A, B, M, and the Hermitian part of the first factor."""
     steps: Steps
     if numbers.is_floating_point():
         steps, series = plan(numbers.max().item(), A)
     else:
         steps, series = numbers[..., None, None], widest(A)[1]
     A = divided(A, steps)
-    W, B = unpacked(halves)
-    B.diagonal(dim1=-2, dim2=-1).copy_(-torch.linalg.vector_norm(A, dim=-1).square())
-    return steps, series, A, B, square(B), W
+    B = square(A)
+    first, M = unpacked(halves)
+    diagonal = B.diagonal(dim1=-2, dim2=-1) * series.a
+    M.diagonal(dim1=-2, dim2=-1).copy_(diagonal.add_(torch.linalg.vector_norm(B, dim=-1).square_()))
+    return steps, series, A, B, M, first
 
 
-def _roots(
-    steps: Steps, series: Series, A: Tensor, B: Tensor, M: Tensor, first: Tensor, second: Tensor
-) -> list[Tensor]:
+def _roots(steps: Steps, series: Series, B: Tensor, M: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
     """Return what is squared: the exponential of :math:`A/2^s`, its square and so on."""
     roots: list[Tensor] = []
-    for step in computed(steps):
-        if step == 1:
-            R = _plus_identity_(
-                add_product_(_rest_(M.clone(), series, A, B), first, second, alpha=series.factor)
-            )
-        roots.append(R if step == 1 else roots[-1] @ roots[-1])
+    for _ in computed(steps):
+        R = roots[-1] @ roots[-1] if roots else _plus_identity_(_multiplied(series, B, M, first, second))
+        roots.append(R)
     return roots
 
 
@@ -243,8 +237,10 @@ def _quotient(A: Tensor, kept: Sequence[Tensor], k: int) -> Tensor:
     halves, numbers = kept
     if _differ(numbers):
         return torch.stack([_quotient(X, each, k) for X, *each in zip(A, halves, numbers, strict=True)])
-    steps, series, A, B, B2, W = _powers(A, halves, numbers)
-    c, (s0, s1, s2, *_, s4) = series.cosine, series.sine
+    steps, series, A, B, M, first = _powers(A, halves, numbers)
+    (x, x1, x2), c, (s0, s1, s2, *_, s4) = series.first, series.cosine, series.sine
+    B2 = torch.sub(M, B, alpha=series.a)
+    W = torch.sub(first, M, alpha=x2).sub_(B, alpha=x1)
     b, b2, w = (X[..., :k] for X in (B, B2, W))
     # c(B) - c(0) over B, of degree 5, by W B = B^5 + 2 a B^4 + a^2 B^3.
     c4 = c[5] - 2 * series.a * c[6]
@@ -254,8 +250,7 @@ def _quotient(A: Tensor, kept: Sequence[Tensor], k: int) -> Tensor:
     add_product_(even, B2, b, alpha=c3)
     total = (b2 * (s2 - s4 * series.a**2)).add_(b, alpha=s1).add_(w, alpha=s4)
     total = add_product_(_plus_identity_(total, s0), A, even)
-    M = B2.add_(B, alpha=series.a)
-    roots = _roots(steps, series, A, B, M, _first_(W, series, A, B, M), _second(series, A, B, M))
+    roots = _roots(steps, series, B, M, first.add_(A, alpha=x), _second(series, A, B, M))
     for step, R in zip(computed(steps), roots, strict=True):
         total = taken(step, steps, new=add_product(total, R, total, beta=0.5, alpha=0.5), old=total)
     result: Tensor = total[..., :k, :]

@@ -9,10 +9,11 @@ The series are cut off behind :math:`T_{10}` and :math:`T_9`. With :math:`B = A^
 S = A s(B), and are evaluated as
 
 .. math:: M = B^2 + a B, \quad W = M^2, \quad
-    C + S = f (W + x_2 M + x_1 B + x A)(M + y_1 B + y A + y_0) + z_2 M + z_1 B + z A + z_0 + 1
+    C + S = f (W + x_2 M + x_1 B + x A)(M + y_1 B + y A + y_0) + z_2 M + z_1 B + z_0 + 1
 
-By that c is of degree 6, and its last coefficient is free. It is the opposite of that of :math:`T_{12}`: with the right
-one, or none, f x y would be large, and x A times y A cancel digits against :math:`z_1 B`.
+By that c is of degree 6, and its last coefficient is free. One of three to five times that of :math:`T_{12}`, whose
+terms are as small as those left out, leaves no A behind the product. Then x y is small as well: with the right one, or
+none, it is large, and x A times y A cancels digits against :math:`z_1 B`.
 """
 
 from __future__ import annotations
@@ -29,13 +30,23 @@ __all__ = ["Series", "moments", "plan", "spectral_bound", "widest"]
 
 
 class Series(NamedTuple):
-    """Coefficients, in the order of I, A, B and M; ``sine`` and ``cosine`` are those of s and c by powers of B."""
+    """Coefficients.
+
+    Attributes:
+        a: Of B in M.
+        factor: Of the product.
+        first: Of A, B and M in its first factor.
+        second: Of I, A and B in its second one.
+        rest: Of I, B and M in what is added.
+        sine: Of s, by powers of B.
+        cosine: Of c, by powers of B.
+    """
 
     a: float
     factor: float
     first: tuple[float, float, float]
     second: tuple[float, float, float]
-    rest: tuple[float, float, float, float]
+    rest: tuple[float, float, float]
     sine: tuple[float, ...]
     cosine: tuple[float, ...]
 
@@ -67,8 +78,29 @@ def _radius(n: int, dtype: torch.dtype) -> float:
 
 @lru_cache(maxsize=256)
 def _series(r: float) -> Series:
-    c = _in_squares([_bessel(0, r), *(_term(k, r) for k in range(2, 11, 2)), -_term(12, r)], r, start=0)
     s = _in_squares([_term(k, r) for k in range(1, 10, 2)], r, start=1)
+    without = _in_squares([_bessel(0, r), *(_term(k, r) for k in range(2, 11, 2)), 0], r, start=0)
+    last = _in_squares([0] * 6 + [_term(12, r)], r, start=0)
+
+    def cosine(times: float) -> list[float]:
+        return [one + times * other for one, other in zip(without, last, strict=True)]
+
+    low, high = 2.0, 6.0
+    while low < (times := (low + high) / 2) < high:
+        x, _, _, y0, _ = _factors(cosine(times), s)
+        low, high = (times, high) if s[0] < x * y0 else (low, times)
+    c = cosine(low)
+    a, y, y2 = s[3] / (2 * s[4]), s[4], c[6]
+    x, x1, x2, _, y1 = _factors(c, s)
+    y0 = s[0] / x  # to the last digit, for it is A's coefficient
+    z1, z2 = c[1] - x1 * y0 - x * y, c[2] - (x2 + a**2) * y0 - x1 * y1
+    # From sums of B^2 and B to those of M and B.
+    first, second, rest = (x, x1 - a * x2, x2), (y0 / y2, y / y2, y1 / y2 - a), (c[0] - 1, z1 - a * z2, z2)
+    return Series(a, y2, first, second, rest, tuple(s), tuple(c))
+
+
+def _factors(c: Sequence[float], s: Sequence[float]) -> tuple[float, float, float, float, float]:
+    """Return the coefficients of A, B and B^2 in the first factor, and of I and B in the second, f in the latter."""
     a = s[3] / (2 * s[4])
     y, y2 = s[4], c[6]
     y1 = c[5] - 2 * a * y2
@@ -77,13 +109,7 @@ def _series(r: float) -> Series:
     x = (s[2] * (y1 - 2 * a * y2) + s[1] * y2 - y * excess) / (2 * y2 * (y1 - a * y2))
     square = (s[2] - x * y2) / y
     x1 = (s[1] - x * y1) / y
-    y0 = c[4] - 2 * a * y1 - square * y2
-    z1, z2 = c[1] - x1 * y0 - x * y, c[2] - square * y0 - x1 * y1
-    x2 = square - a**2
-    # From sums of B^2 and B to those of M and B.
-    first, second = (x, x1 - a * x2, x2), (y0 / y2, y / y2, y1 / y2 - a)
-    rest = (c[0] - 1, s[0] - x * y0, z1 - a * z2, z2)
-    return Series(a, y2, first, second, rest, tuple(s), tuple(c))
+    return x, x1, square - a**2, c[4] - 2 * a * y1 - square * y2, y1
 
 
 def _term(k: int, r: float) -> float:
