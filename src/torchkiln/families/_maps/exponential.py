@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,11 +53,11 @@ Kept = tuple[Tensor, Tensor]
 
 def _value(A: Tensor, base: Tensor | None) -> tuple[Tensor, Kept]:
     """Return the exponential of ``A``, of 2 or 3 dimensions, around the base, and what the other functions need."""
-    Q, kept = _exponential(A)
+    Q, kept = _unbased(A)
     return around(base, Q), kept
 
 
-def _exponential(A: Tensor) -> tuple[Tensor, Kept]:
+def _unbased(A: Tensor) -> tuple[Tensor, Kept]:
     B = square(A)
     B2 = square(B)
     if not can_wait(A):
@@ -101,8 +102,9 @@ def _by_host(A: Tensor, B: Tensor, B2: Tensor, bound: float, *, size: float = 1)
     scale = size / 2**steps
     if scale != 1:
         A, B, B2 = A * scale, B.mul_(scale**2), B2.mul_(scale**4)
-    D, halves = _minus_one(series, A, B, B2)
-    return _squared(D, steps), (halves, A.new_full(A.shape[:-2], bound, dtype=torch.float64, device="cpu"))
+    parts, halves = _evaluated(series, A, B, B2)
+    Q = _squared(_minus_one(parts, out=parts.M), steps) if steps else _exponential(parts, out=parts.M)
+    return Q, (halves, A.new_full(A.shape[:-2], bound, dtype=torch.float64, device="cpu"))
 
 
 def _by_device(A: Tensor, B: Tensor, B2: Tensor) -> tuple[Tensor, Kept]:
@@ -111,17 +113,8 @@ def _by_device(A: Tensor, B: Tensor, B2: Tensor) -> tuple[Tensor, Kept]:
     kept = chosen_by_device(moments(B, B2), A, radius)
     steps = kept[..., None, None]
     A, B, B2 = (divided(X, steps, times=times) for X, times in ((A, 1), (B, 2), (B2, 4)))
-    D, halves = _minus_one(series, A, B, B2)
-    return _squared(D, steps), (halves, kept)
-
-
-def _minus_one(series: Series, A: Tensor, B: Tensor, B2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return :math:`e^A - I`, and what is kept; ``B2`` is used up."""
-    x, x1, x2 = series.first
-    M = B2.add_(B, alpha=series.a)
-    first = square(M).add_(M, alpha=x2).add_(B, alpha=x1)
-    halves = packed(first, M)
-    return _multiplied(series, B, M, first.add_(A, alpha=x), _second(series, A, B, M), out=M), halves
+    parts, halves = _evaluated(series, A, B, B2)
+    return _squared(_minus_one(parts, out=parts.M), steps), (halves, kept)
 
 
 def _squared(D: Tensor, steps: Steps) -> Tensor:
@@ -136,19 +129,48 @@ def _squared(D: Tensor, steps: Steps) -> Tensor:
     return _plus_identity_(D)
 
 
-def _second(series: Series, A: Tensor, B: Tensor, M: Tensor) -> Tensor:
-    """Return the second factor, H."""
+# --- its parts ----------------------------------------------------------------------------------------------------
+
+
+class _Parts(NamedTuple):
+    """What the exponential consists of: A, its powers, and F and H, of whose product it is a sum."""
+
+    series: Series
+    A: Tensor
+    B: Tensor
+    M: Tensor
+    F: Tensor
+    H: Tensor
+
+
+def _evaluated(series: Series, A: Tensor, B: Tensor, B2: Tensor) -> tuple[_Parts, Tensor]:
+    """Return the parts by A and its powers, and what is kept of them; ``B2`` is used up."""
+    _, x1, x2 = series.first
+    M = B2.add_(B, alpha=series.a)
+    hermitian = square(M).add_(M, alpha=x2).add_(B, alpha=x1)
+    halves = packed(hermitian, M)
+    return _with_factors(series, A, B, M, hermitian), halves
+
+
+def _with_factors(series: Series, A: Tensor, B: Tensor, M: Tensor, hermitian: Tensor) -> _Parts:
+    """Return the parts by the Hermitian part of F, which is used up."""
     y0, y, y1 = series.second
-    return _plus_identity_(torch.add(M, B, alpha=y1).add_(A, alpha=y), y0)
+    H = _plus_identity_(torch.add(M, B, alpha=y1).add_(A, alpha=y), y0)
+    return _Parts(series, A, B, M, hermitian.add_(A, alpha=series.first[0]), H)
 
 
-def _multiplied(
-    series: Series, B: Tensor, M: Tensor, first: Tensor, second: Tensor, *, out: Tensor | None = None
-) -> Tensor:
-    """Return :math:`e^A - I` by its factors."""
-    z0, z1, z2 = series.rest
-    rest = torch.add(B, M, alpha=z2 / z1, out=out)
-    return _plus_identity_(add_product_(rest, first, second, beta=z1, alpha=series.factor), z0)
+def _exponential(parts: _Parts, *, out: Tensor | None = None) -> Tensor:
+    return _plus_identity_(_product_and_rest(parts, out), 1 + parts.series.rest[0])
+
+
+def _minus_one(parts: _Parts, *, out: Tensor | None = None) -> Tensor:
+    return _plus_identity_(_product_and_rest(parts, out), parts.series.rest[0])
+
+
+def _product_and_rest(parts: _Parts, out: Tensor | None) -> Tensor:
+    series, _, B, M, F, H = parts
+    _, z1, z2 = series.rest
+    return add_product_(torch.add(B, M, alpha=z2 / z1, out=out), F, H, beta=z1, alpha=series.factor)
 
 
 def _plus_identity_(A: Tensor, factor: float = 1) -> Tensor:
@@ -176,33 +198,27 @@ def _pulled_back(A: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
     if _differ(numbers):
         each = zip(A, halves, numbers, G, strict=True)
         return torch.stack([_pulled_back(X, (half, number), H) for X, half, number, H in each])
-    steps, series, A, B, M, first = _powers(A, halves, numbers)
-    first.add_(A, alpha=series.first[0])
-    second = _second(series, A, B, M)
-    roots = _roots(steps, series, B, M, first, second)
-    for step, R in zip(reversed(computed(steps)), reversed(roots), strict=True):
+    steps, parts = _parts(A, halves, numbers)
+    for step, R in zip(reversed(computed(steps)), reversed(_roots(steps, parts)), strict=True):
         G = taken(step, steps, new=add_product(G @ R.mH, R.mH, G), old=G)
-    return divided(minus_adjoint(_through_products(series, A, B, M, first, second, G)), steps)
+    return divided(minus_adjoint(_through_products(parts, G)), steps)
 
 
-def _through_products(
-    series: Series, A: Tensor, B: Tensor, M: Tensor, first: Tensor, second: Tensor, G: Tensor
-) -> Tensor:
-    """Return a matrix with that skew-Hermitian part, without squarings; ``first`` and ``second`` are used up."""
+def _through_products(parts: _Parts, G: Tensor) -> Tensor:
+    """Return a matrix with that skew-Hermitian part, without squarings; F and H are used up."""
+    series, A, B, M, F, H = parts
     (x, x1, x2), (_, y, y1), (_, z1, z2) = series.first, series.second, series.rest
-    of_first = _product(G, second.mH, series.factor)
-    of_second = _product(first.mH, G, series.factor, out=second)
-    total = torch.add(of_second, of_first, alpha=x2, out=first).add_(G, alpha=z2)
-    add_product_(total, M, plus_adjoint(of_first))
+    of_F = _product(G, H.mH, series.factor)
+    of_H = _product(F.mH, G, series.factor, out=H)
+    total = torch.add(of_H, of_F, alpha=x2, out=F).add_(G, alpha=z2)
+    add_product_(total, M, plus_adjoint(of_F))
     add_product_(total, B, plus_adjoint(total), beta=series.a)
-    total.add_(of_first, alpha=x1).add_(of_second, alpha=y1).add_(G, alpha=z1)
-    return add_product_(of_first, A, plus_adjoint(total), beta=x, alpha=-1).add_(of_second, alpha=y)
+    total.add_(of_F, alpha=x1).add_(of_H, alpha=y1).add_(G, alpha=z1)
+    return add_product_(of_F, A, plus_adjoint(total), beta=x, alpha=-1).add_(of_H, alpha=y)
 
 
-def _powers(
-    A: Tensor, halves: Tensor, numbers: Tensor
-) -> tuple[Steps, Series, Tensor, Tensor, Tensor, Tensor]:
-    """Return s and the series, and for :math:`A/2^s` A, B, M, and the Hermitian part of the first factor."""
+def _parts(A: Tensor, halves: Tensor, numbers: Tensor) -> tuple[Steps, _Parts]:
+    """Return s, and the parts of the exponential of :math:`A/2^s` by what was kept."""
     steps: Steps
     if numbers.is_floating_point():
         steps, series = plan(numbers.max().item(), A)
@@ -210,18 +226,17 @@ def _powers(
         steps, series = numbers[..., None, None], widest(A)[1]
     A = divided(A, steps)
     B = square(A)
-    first, M = unpacked(halves)
+    hermitian, M = unpacked(halves)
     diagonal = B.diagonal(dim1=-2, dim2=-1) * series.a
     M.diagonal(dim1=-2, dim2=-1).copy_(diagonal.add_(torch.linalg.vector_norm(B, dim=-1).square_()))
-    return steps, series, A, B, M, first
+    return steps, _with_factors(series, A, B, M, hermitian)
 
 
-def _roots(steps: Steps, series: Series, B: Tensor, M: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
+def _roots(steps: Steps, parts: _Parts) -> list[Tensor]:
     """Return what is squared: the exponential of :math:`A/2^s`, its square and so on."""
     roots: list[Tensor] = []
     for _ in computed(steps):
-        R = roots[-1] @ roots[-1] if roots else _plus_identity_(_multiplied(series, B, M, first, second))
-        roots.append(R)
+        roots.append(roots[-1] @ roots[-1] if roots else _exponential(parts))
     return roots
 
 
@@ -237,10 +252,11 @@ def _quotient(A: Tensor, kept: Sequence[Tensor], k: int) -> Tensor:
     halves, numbers = kept
     if _differ(numbers):
         return torch.stack([_quotient(X, each, k) for X, *each in zip(A, halves, numbers, strict=True)])
-    steps, series, A, B, M, first = _powers(A, halves, numbers)
+    steps, parts = _parts(A, halves, numbers)
+    series, A, B, M, F, _ = parts
     (x, x1, x2), c, (s0, s1, s2, *_, s4) = series.first, series.cosine, series.sine
     B2 = torch.sub(M, B, alpha=series.a)
-    W = torch.sub(first, M, alpha=x2).sub_(B, alpha=x1)
+    W = torch.sub(F, M, alpha=x2).sub_(B, alpha=x1).sub_(A, alpha=x)
     b, b2, w = (X[..., :k] for X in (B, B2, W))
     # c(B) - c(0) over B, of degree 5, by W B = B^5 + 2 a B^4 + a^2 B^3.
     c4 = c[5] - 2 * series.a * c[6]
@@ -250,8 +266,7 @@ def _quotient(A: Tensor, kept: Sequence[Tensor], k: int) -> Tensor:
     add_product_(even, B2, b, alpha=c3)
     total = (b2 * (s2 - s4 * series.a**2)).add_(b, alpha=s1).add_(w, alpha=s4)
     total = add_product_(_plus_identity_(total, s0), A, even)
-    roots = _roots(steps, series, B, M, first.add_(A, alpha=x), _second(series, A, B, M))
-    for step, R in zip(computed(steps), roots, strict=True):
+    for step, R in zip(computed(steps), _roots(steps, parts), strict=True):
         total = taken(step, steps, new=add_product(total, R, total, beta=0.5, alpha=0.5), old=total)
     result: Tensor = total[..., :k, :]
     return result
