@@ -85,7 +85,7 @@ class _Orthogonal(nn.Module):
         wide = X.shape[-2] < X.shape[-1]
         with full_precision(X):
             tall = widen(X.mT if wide else X)
-            Q = _MAPS[self.orthogonal_map](tall, None if base is None else base.to(tall.dtype))
+            Q = _MAPS[self.orthogonal_map](tall, orthogonal_maps.in_dtype_of(tall, base))
         # LAPACK's columns lie one after the other. Laid out as a weight is, products with this tensor and with its
         # baked copy are the same to the last bit.
         return (Q.mT if wide else Q).to(X.dtype).contiguous()

@@ -38,7 +38,7 @@ _MAPS = {"exponential": maps.exponential, "cayley": maps.cayley}
 
 
 def _mapped(name: str, X: Tensor, base: Tensor | None) -> Tensor:
-    return _MAPS[name](X, None if base is None else base.to(X.dtype))
+    return _MAPS[name](X, maps.in_dtype_of(X, base))
 
 
 class Orthogonal(Parametrization):

@@ -118,13 +118,13 @@ def _by_factors(X: Tensor) -> Tensor:
 
 def _plain(A: Tensor) -> Tensor:
     I = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)  # noqa: E741  # the identity's name
-    Q: Tensor = torch.linalg.solve(torch.add(I, A, alpha=-0.5), torch.add(I, A, alpha=0.5))
+    Q: Tensor = torch.linalg.solve_ex(torch.add(I, A, alpha=-0.5), torch.add(I, A, alpha=0.5))[0]
     return Q
 
 
 def _plain_quotient(M: Tensor, B: Tensor) -> Tensor:
     I = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)  # noqa: E741  # as above
-    result: Tensor = torch.linalg.solve(I - M / 2, B)
+    result: Tensor = torch.linalg.solve_ex(I - M / 2, B)[0]
     return result
 
 

@@ -80,7 +80,8 @@ def _kept_like(X: Tensor, _base: Tensor | None) -> tuple[Tensor, ...]:
 def _one_by_one(X: Tensor, signs: Tensor) -> Tensor:
     L = X.tril(-1)
     # The 1 of each column comes last: small squares added to it one by one would be rounded off.
-    Q: Tensor = torch.linalg.householder_product(L, 2 / (L * L).sum(-2).add_(1))
+    tau = (L * L).sum(-2).add_(1).reciprocal_().mul_(2)
+    Q: Tensor = torch.linalg.householder_product(L, tau)
     return Q.mul_(signs.unsqueeze(-2))
 
 
@@ -143,7 +144,7 @@ def _plain(X: Tensor) -> Tensor:
     S = V.mT @ V
     M = S.triu(1) + torch.diag_embed(S.diagonal(dim1=-2, dim2=-1) / 2)
     W = torch.linalg.solve_triangular(M, V[..., :k, :].mT, upper=True)
-    Q: Tensor = (E - V @ W) * _signs(X).unsqueeze(-2)
+    Q: Tensor = (E - V @ W) * _signs(X.detach()).unsqueeze(-2)
     return Q
 
 
@@ -155,7 +156,7 @@ HOUSEHOLDER = ExplicitMap("householder", value=_value, pullback=_pullback, plain
 
 def _signs(X: Tensor) -> Tensor:
     """Return the signs of the diagonal of X with zero as negative: weight decay does not change them."""
-    return X.detach().diagonal(dim1=-2, dim2=-1).sign().sub_(0.5).sign_()
+    return X.diagonal(dim1=-2, dim2=-1).sign().sub_(0.5).sign_()
 
 
 def _reflectors(X: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ __all__ = [
     "exponential",
     "householder",
     "householder_inverse",
+    "in_dtype_of",
     "is_orthonormal",
     "orthonormalize",
     "skew",
@@ -28,6 +29,11 @@ __all__ = [
 
 
 _EXPONENTIAL, _CAYLEY = explicit_map("exponential", EXPONENTIAL), explicit_map("cayley", CAYLEY)
+
+
+def in_dtype_of(X: Tensor, base: Tensor | None) -> Tensor | None:
+    """Return the base in the dtype of ``X``."""
+    return base if base is None or base.dtype == X.dtype else base.to(X.dtype)
 
 
 def exponential(X: Tensor, base: Tensor | None = None) -> Tensor:
