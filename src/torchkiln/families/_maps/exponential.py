@@ -146,6 +146,8 @@ class _Parts(NamedTuple):
 def _evaluated(series: Series, A: Tensor, B: Tensor, B2: Tensor) -> tuple[_Parts, Tensor]:
     """Return the parts by A and its powers, and what is kept of them; ``B2`` is used up."""
     _, x1, x2 = series.first
+    if series.squares == 2:
+        return _with_factors(series, A, B, B2, torch.add(B2, B, alpha=x1)), packed(B2, B)
     M = B2.add_(B, alpha=series.a)
     hermitian = square(M).add_(M, alpha=x2).add_(B, alpha=x1)
     halves = packed(hermitian, M)
@@ -211,7 +213,8 @@ def _through_products(parts: _Parts, G: Tensor) -> Tensor:
     of_F = _product(G, H.mH, series.factor)
     of_H = _product(F.mH, G, series.factor, out=H)
     total = torch.add(of_H, of_F, alpha=x2, out=F).add_(G, alpha=z2)
-    add_product_(total, M, plus_adjoint(of_F))
+    if series.squares == 3:
+        add_product_(total, M, plus_adjoint(of_F))
     add_product_(total, B, plus_adjoint(total), beta=series.a)
     total.add_(of_F, alpha=x1).add_(of_H, alpha=y1).add_(G, alpha=z1)
     return add_product_(of_F, A, plus_adjoint(total), beta=x, alpha=-1).add_(of_H, alpha=y)
@@ -225,11 +228,18 @@ def _parts(A: Tensor, halves: Tensor, numbers: Tensor) -> tuple[Steps, _Parts]:
     else:
         steps, series = numbers[..., None, None], widest(A)[1]
     A = divided(A, steps)
+    if series.squares == 2:
+        M, B = unpacked(halves, _squares(A).neg_())
+        return steps, _with_factors(series, A, B, M, torch.add(M, B, alpha=series.first[1]))
     B = square(A)
-    hermitian, M = unpacked(halves)
-    diagonal = B.diagonal(dim1=-2, dim2=-1) * series.a
-    M.diagonal(dim1=-2, dim2=-1).copy_(diagonal.add_(torch.linalg.vector_norm(B, dim=-1).square_()))
+    hermitian, M = unpacked(halves, _squares(B).add_(B.diagonal(dim1=-2, dim2=-1).real, alpha=series.a))
     return steps, _with_factors(series, A, B, M, hermitian)
+
+
+def _squares(X: Tensor) -> Tensor:
+    """Return the squared lengths of the rows, which are the diagonal of :math:`X X^H`."""
+    lengths: Tensor = torch.linalg.vector_norm(X, dim=-1)
+    return lengths.square_()
 
 
 def _roots(steps: Steps, parts: _Parts) -> list[Tensor]:

@@ -14,6 +14,9 @@ S = A s(B), and are evaluated as
 By that c is of degree 6, and its last coefficient is free. One of three to five times that of :math:`T_{12}`, whose
 terms are as small as those left out, leaves no A behind the product. Then x y is small as well: with the right one, or
 none, it is large, and x A times y A cancels digits against :math:`z_1 B`.
+
+Near zero, as where training from a base begins, :math:`T_8` and :math:`T_5` are the last ones needed, and one square
+less: a and :math:`y_1` are zero, and F is :math:`M + x_1 B + x A`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class Series(NamedTuple):
     """Coefficients.
 
     Attributes:
+        squares: How many there are: W is left out where they are two.
         a: Of B in M.
         factor: Of the product.
         first: Of A, B and M in its first factor.
@@ -42,6 +46,7 @@ class Series(NamedTuple):
         cosine: Of c, by powers of B.
     """
 
+    squares: int
     a: float
     factor: float
     first: tuple[float, float, float]
@@ -53,13 +58,20 @@ class Series(NamedTuple):
 
 def plan(bound: float, A: Tensor) -> tuple[int, Series]:
     """Return s, and the series for matrices of the size and dtype of ``A`` whose norm is at most ``bound`` / 2^s."""
-    largest = _radius(A.shape[-1], A.dtype)
-    if not 0 < bound < math.inf:
-        return 0, _series(largest)
+    short = _radius(A.shape[-1], A.dtype, left_out=7)
+    if bound <= short:
+        return 0, _short_series(_rounded(bound, short))
+    largest, series = widest(A)
+    if not bound < math.inf:
+        return 0, series
     steps = max(0, math.ceil(math.log2(bound / largest)))
-    # By steps of the eighth root of 2, so that few series are ever computed.
-    smaller = math.floor(8 * math.log2(largest * 2**steps / bound))
-    return steps, _series(largest / 2 ** (min(smaller, 24) / 8))
+    return steps, _series(_rounded(bound / 2**steps, largest))
+
+
+def _rounded(bound: float, largest: float) -> float:
+    """Return a radius by steps of the eighth root of 2, so that few series are ever computed."""
+    smaller = math.floor(8 * math.log2(largest / bound)) if bound > 0 else 24
+    return largest / 2 ** (min(smaller, 24) / 8)
 
 
 def widest(A: Tensor) -> tuple[float, Series]:
@@ -69,11 +81,11 @@ def widest(A: Tensor) -> tuple[float, Series]:
 
 
 @lru_cache(maxsize=256)
-def _radius(n: int, dtype: torch.dtype) -> float:
+def _radius(n: int, dtype: torch.dtype, left_out: int = 11) -> float:
     """Return the radius on which what the series leave out is less than products of n x n matrices round off."""
     tolerance = torch.finfo(dtype).eps * min(n / 12, math.sqrt(n)) / 5
-    # By the next term of the sine, which is at most 2 (r/2)^11 / 11!.
-    return 2 * math.pow(tolerance * math.factorial(11) / 2, 1 / 11)
+    # By the next term of the sine, which is at most 2 (r/2)^k / k!.
+    return 2 * math.pow(tolerance * math.factorial(left_out) / 2, 1 / left_out)
 
 
 @lru_cache(maxsize=256)
@@ -96,7 +108,20 @@ def _series(r: float) -> Series:
     z1, z2 = c[1] - x1 * y0 - x * y, c[2] - (x2 + a**2) * y0 - x1 * y1
     # From sums of B^2 and B to those of M and B.
     first, second, rest = (x, x1 - a * x2, x2), (y0 / y2, y / y2, y1 / y2 - a), (c[0] - 1, z1 - a * z2, z2)
-    return Series(a, y2, first, second, rest, tuple(s), tuple(c))
+    return Series(3, a, y2, first, second, rest, tuple(s), tuple(c))
+
+
+@lru_cache(maxsize=256)
+def _short_series(r: float) -> Series:
+    c = _in_squares([_bessel(0, r), *(_term(k, r) for k in range(2, 9, 2))], r, start=0)
+    s = _in_squares([_term(k, r) for k in range(1, 6, 2)], r, start=1)
+    factor = c[4]
+    x1 = c[3] / factor
+    y = s[1] / (factor * x1)
+    x = s[2] / factor - y
+    y0 = s[0] / (factor * x)
+    rest = (c[0] - 1, c[1] - factor * (x1 * y0 + x * y), c[2] - factor * y0)
+    return Series(2, 0, factor, (x, x1, 1), (y0, y, 0), rest, (*s, 0, 0), (*c, 0, 0))
 
 
 def _factors(c: Sequence[float], s: Sequence[float]) -> tuple[float, float, float, float, float]:

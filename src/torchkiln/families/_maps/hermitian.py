@@ -68,13 +68,15 @@ def packed(first: Tensor, second: Tensor) -> Tensor:
     return torch.sub(first, second).tril_().add_(second)
 
 
-def unpacked(halves: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the two matrices that were :func:`packed`, the diagonal of the second one undefined."""
+def unpacked(halves: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two matrices that were :func:`packed`, the second one with that diagonal."""
     # Torch copies an upper triangle number by number: it is what is left without the lower one.
     others = adjoint(halves)
     of_first, of_second = lower(halves, -1), lower(others, -1)
     first = others.sub_(of_second).add_(of_first)
-    return first, torch.sub(halves, of_first, out=of_first).add_(of_second)
+    second = torch.sub(halves, of_first, out=of_first).add_(of_second)
+    second.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    return first, second
 
 
 def lower(X: Tensor, diagonal: int = 0) -> Tensor:
