@@ -110,8 +110,8 @@ def test_flat_torch_file_to_safetensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ({"model": normed()}, "a dict under 'model'"),
-        ({**normed(), "epoch": 3}, "a int under 'epoch'"),
+        ({"model": normed()}, "a mapping under 'model'"),
+        ({**normed(), "epoch": 3}, "an int under 'epoch'"),
         ([normed()], "a list at the top"),
     ],
 )
@@ -386,9 +386,25 @@ def test_zip_that_torch_did_not_write(tmp_path: Path) -> None:
         checkpoint.inspect(tmp_path / "model.pt")
 
 
+def test_a_shard_that_is_missing_is_named_with_its_index(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"weight": "model-00001.safetensors"}}))
+    with pytest.raises(
+        CheckpointError, match=r"index\.json: names the shard model-00001\.safetensors, which is not th"
+    ):
+        checkpoint.inspect(index)
+
+
+def test_a_file_without_tensors(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "in.pt")
+    report = checkpoint.inspect(tmp_path / "in.pt")
+    assert [note.text for note in report.notes] == ["it holds no tensors: there is nothing to fold"]
+
+
 def test_torchscript(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
         archive.writestr("model/data.pkl", b"")
+        archive.writestr("model/code/layer.py", b"import os\n" * 100, zipfile.ZIP_DEFLATED)
         archive.writestr("model/constants.pkl", b"")
     with pytest.raises(CheckpointError, match="is a TorchScript archive"):
         checkpoint.inspect(tmp_path / "model.pt")

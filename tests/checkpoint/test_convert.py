@@ -117,13 +117,15 @@ def test_dim_0_is_assumed_and_said(tmp_path: Path) -> None:
     source = save(nn.ConvTranspose1d(6, 10, 5).state_dict(), tmp_path / "in.pt")
     report = checkpoint.convert(source, tmp_path / "out.pt", to="torch", spectral_norm=["weight"])
     assert report.rows[0].dim == 0
-    assert report.rows[0].assumptions == ("dim 0; torch uses 1 if this is a transposed convolution",)
+    assert report.rows[0].assumptions == (
+        "along dim 0, torch's default, but for transposed convolutions (1)",
+    )
 
 
 def test_small_dtypes_say_what_rounding_does(tmp_path: Path) -> None:
     source = save({"weight": torch.randn(64, 64).bfloat16()}, tmp_path / "in.pt")
     report = checkpoint.convert(source, tmp_path / "out.pt", to="torch", weight_norm=["*"])
-    assert report.rows[0].notes[0].startswith("rounding to torch.bfloat16 moves values by up to ")
+    assert report.rows[0].notes[0].startswith("rounding to bfloat16 moves values by up to ")
     again = checkpoint.verify(source, tmp_path / "out.pt").rows[0]
     assert 0 < again.max_rel_error < 2**-8
 
@@ -173,7 +175,11 @@ def test_what_the_other_style_cannot_spell_is_kept_and_named(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"to": "torch"}, NothingToFoldError, "nothing to convert to the torch spelling"),
+        (
+            {"to": "torch"},
+            NothingToFoldError,
+            "nothing to convert to the torch spelling; nothing was written",
+        ),
         ({"to": "torch", "weight_norm": ["bias"]}, CheckpointError, '"bias" matches no plain tensor'),
         ({"to": "torch", "weight_norm": ["*"], "spectral_norm": ["w*"]}, CheckpointError, "Narrow one"),
         ({"to": "plain", "weight_norm": ["*"]}, CheckpointError, 'to="plain" removes norms'),

@@ -127,6 +127,20 @@ def test_options_that_fit_nothing_are_refused(options: dict[str, Any], text: str
     assert [path.name for path in source.parent.iterdir()] == ["in.pt"]
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".gguf", ".h5"])
+def test_other_formats_are_not_written_by_name(suffix: str, source: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"out\{suffix}: \{suffix} is the suffix of another format"):
+        checkpoint.bake(source, source.with_name(f"out{suffix}"))
+    assert [path.name for path in source.parent.iterdir()] == ["in.pt"]
+
+
+def test_a_spelling_that_is_there_already(source: Path) -> None:
+    with pytest.raises(
+        NothingToFoldError, match="to the legacy spelling, which 1 tensor has already; nothing"
+    ):
+        checkpoint.convert(source, source.with_name("out.pt"), to="legacy")
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin"])
 def test_shards_do_not_get_the_name_of_a_file(suffix: str, source: Path) -> None:
     before = sorted(source.parent.iterdir())

@@ -51,6 +51,10 @@ def test_a_dry_run_says_what_it_would_do(run: Run, blocks: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (
+            ["convert", "blocks.pt", "-o", "o.pt", "--to", "torch"],
+            "need --weight-norm or --spectral-norm patterns",
+        ),
         (["bake", "blocks.pt", "-o", "o.pt", "--rename", "nothing"], "expected OLD=NEW, got 'nothing'"),
         (
             ["bake", "blocks.pt", "-o", "o", "--max-shard-size", "huge"],

@@ -135,7 +135,8 @@ def inspect(
         return
     screen = _console.console()
     _reports.show_inspection(screen, file, report)
-    screen.print(Text(f"next: {_next_command(file, report)}"), soft_wrap=True)
+    if report.modules:
+        screen.print(Text(f"next: {_next_command(file, report)}"), soft_wrap=True)
 
 
 @app.command()

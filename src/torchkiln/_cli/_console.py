@@ -38,7 +38,7 @@ _ARGUMENTS = (
     (re.compile(r"^(include|exclude|rename|dtype)(?=: )"), r"--\1"),
     (re.compile(r"^max_shard_size(?=: )"), "--max-shard-size"),
     (re.compile(r"^container(?=: )"), "--format"),
-    (re.compile(r"^(weight|spectral)_norm(?=: )"), r"--\1-norm"),
+    (re.compile(r"(?:(?<=^)|(?<= ))(weight|spectral)_norm(?=: | or | patterns)"), r"--\1-norm"),
     (re.compile(r'\bto="(\w+)"'), r"--to \1"),
     (re.compile(r"\bdeep=True\b"), "--deep"),
 )

@@ -40,7 +40,7 @@ _RIGHT = frozenset({"count", "abs error", "rel error", "size"})
 def show_inspection(screen: Console, file: Path, report: Inspection) -> None:
     """Print what a file holds."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
-    tensors = f"{_plural(report.tensors, 'tensor')} ({dtypes})"
+    tensors = _plural(report.tensors, "tensor") + (f" ({dtypes})" if dtypes else "")
     _say(screen, f"{file}: {report.container}, {_bytes(report.size_bytes)}, {tensors}")
     if report.rows:
         screen.print(Text("\nparametrized", style="bold"), inspection_table(report), sep="\n")

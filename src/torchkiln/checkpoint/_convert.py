@@ -124,7 +124,8 @@ def convert(
             *_renamings(scanned, to, casting),
             *_splittings(scanned, to, casting, norms=norms, options=options),
         ]
-        _check(jobs, source=str(source), to=to, norms=norms, options=options)
+        _check(scanned, jobs, source=str(source), to=to, norms=norms)
+        options.check_used(str(source))
         changes = [job.change() for job in jobs] + list(casting.changes(_others(file, jobs)))
         if rename:
             casting.rename.check_all(file.groups, changes, str(source))
@@ -340,24 +341,25 @@ def _chosen_dim(key: str, entry: Entry, norm: Norm, options: Options) -> tuple[i
     if chosen:
         return dim, ()
     # A convolution's kernel does not show whether it is transposed, which matters to torch's default.
-    hint = "; torch uses 1 if this is a transposed convolution" * (
-        norm == "spectral_norm" and len(entry.shape) > 2
-    )
-    return 0, (f"dim 0{hint}",)
+    hint = ", but for transposed convolutions (1)" * (norm == "spectral_norm" and len(entry.shape) > 2)
+    return 0, (f"along dim 0, torch's default{hint}",)
 
 
 def _check(
-    jobs: Sequence[_Job], *, source: str, to: str, norms: Mapping[Norm, Patterns], options: Options
+    scanned: Scan, jobs: Sequence[_Job], *, source: str, to: str, norms: Mapping[Norm, Patterns]
 ) -> None:
     for argument, patterns in norms.items():
         if patterns.unused:
             raise CheckpointError(
                 f'{argument}: "{patterns.unused[0]}" matches no plain tensor of {source} with two or more dimensions.'
             )
-    options.check_used(source)
     if not jobs:
+        already = sum(found.item.style == to and _norm_of(found) is not None for found in scanned.found)
+        why = (
+            f", which {already} {'tensor has' if already == 1 else 'tensors have'} already" if already else ""
+        )
         raise NothingToFoldError(
-            f"{source}: nothing to convert to the {to} spelling; nothing was written.\n"
+            f"{source}: nothing to convert to the {to} spelling{why}; nothing was written.\n"
             "Plain tensors need weight_norm or spectral_norm patterns."
         )
 

@@ -54,7 +54,8 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False, also: Also | No
         if deep:
             notes += not_finite(file)
         if not rows:
-            notes.append(Note("info", "", "every tensor is plain: there is nothing to fold"))
+            nothing = "every tensor is plain" if file.entries else "it holds no tensors"
+            notes.append(Note("info", "", f"{nothing}: there is nothing to fold"))
         return Inspection(
             path=str(path),
             container=file.container,

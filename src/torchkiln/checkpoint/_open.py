@@ -62,7 +62,7 @@ def _inside(path: Path) -> Path:
     if "adapter_config.json" in names:
         raise CheckpointError(
             f"{path}: holds an adapter, which is nothing without its base.\n"
-            "Bake the base, and pass this directory as an adapter."
+            "Bake the base, and pass this directory as an adapter of it."
         )
     found = [name for name in names if name.endswith(_INDEX)]
     found = found or [name for name in names if name.endswith(".safetensors")]

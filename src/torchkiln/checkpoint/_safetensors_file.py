@@ -53,6 +53,10 @@ def open_index(path: Path) -> CheckpointFile:
     try:
         weight_map = _weight_map(index)
         for name in dict.fromkeys(weight_map.values()):
+            if not (path.parent / name).exists():
+                raise CheckpointError(
+                    f"{path}: names the shard {name}, which is not there. Fetch all of them."
+                )
             files[name] = InputFile(path.parent / name)
         return _SafetensorsFile(path, "sharded safetensors", files, weight_map)
     except BaseException:

@@ -165,11 +165,11 @@ def flat(content: Content, *, target: Path) -> dict[str, tuple[Entry, Piece]]:
         CheckpointError: There is more than that in it.
     """
     if not isinstance(content.root, Mapping):
-        raise CheckpointError(_not_flat(target, f"a {type(content.root).__name__} at the top"))
+        raise CheckpointError(_not_flat(target, f"{_called(content.root)} at the top"))
     tensors: dict[str, tuple[Entry, Piece]] = {}
     for key, value in content.root.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(_not_flat(target, f"a {type(value).__name__} under {key!r}"))
+            raise CheckpointError(_not_flat(target, f"{_called(value)} under {key!r}"))
         if kind := unusual(value):
             raise CheckpointError(_not_flat(target, f"a {kind} tensor under {key!r}"))
         tensors[key] = (Entry(tuple(value.shape), value.dtype), contiguous(value.detach(), content))
@@ -215,5 +215,12 @@ def gathered(tensor: Tensor, extent: Extent) -> Tensor:
 def _not_flat(target: Path, found: str) -> str:
     return (
         f"{target}: safetensors holds one level of named tensors, and the source has {found}.\n"
-        'Choose a name ending in ".pt".'
+        'Choose a name ending in ".pt", or save its state dict alone.'
     )
+
+
+def _called(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "a mapping"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

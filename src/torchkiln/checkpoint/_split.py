@@ -44,7 +44,11 @@ def _gain(W: Tensor, dim: int | None, dtype: torch.dtype) -> tuple[tuple[Tensor,
     g, v = (part.to(dtype) for part in fold.split_gain(W, dim))
     back = fold.weight_norm(g.to(W.dtype), v.to(W.dtype), dim).to(dtype)
     change = float((back.double() - W.double()).abs().max())
-    notes = (f"rounding to {dtype} moves values by up to {change:.3g}",) if change else ()
+    notes = (
+        (f"rounding to {str(dtype).removeprefix('torch.')} moves values by up to {change:.3g}",)
+        if change
+        else ()
+    )
     return (g, v), notes
 
 

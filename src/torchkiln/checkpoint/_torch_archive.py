@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def read_archive(whole: Extent) -> dict[str, Extent]:
         raise
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
         raise CheckpointError(f"{path}: truncated or corrupt zip file ({error}).") from error
+    _check_kind(path, {info.filename.partition("/")[2] for info in infos})
     records: dict[str, Extent] = {}
     for info in infos:
         name = info.filename.partition("/")[2]
@@ -79,7 +81,6 @@ def read_archive(whole: Extent) -> dict[str, Extent]:
             raise CheckpointError(f"{path}: truncated or corrupt zip file ({name!r} is there twice).")
         records[name] = _record(path, whole, info)
     _check_apart(path, records)
-    _check_kind(path, records)
     _check_alignment(path, whole)
     return records
 
@@ -116,13 +117,13 @@ def _check_apart(path: Path, records: dict[str, Extent]) -> None:
         end = start + length
 
 
-def _check_kind(path: Path, records: dict[str, Extent]) -> None:
-    if "constants.pkl" in records:
+def _check_kind(path: Path, names: Set[str]) -> None:
+    if "constants.pkl" in names:
         raise CheckpointError(
             f"{path}: is a TorchScript archive, which holds code.\n"
             "Load it with torch.jit.load and save its state_dict()."
         )
-    if "data.pkl" not in records:
+    if "data.pkl" not in names:
         raise CheckpointError(f"{path}: a zip file, but not one that torch.save wrote: it has no data.pkl.")
 
 

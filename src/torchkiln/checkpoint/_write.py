@@ -28,6 +28,10 @@ Container = Literal["dcp", "safetensors", "torch"]
 Progress = Callable[[int, int, str], None]
 """Called with how much is done, of how much, and the name of the last tensor."""
 
+# Whoever asks for one of these would get a file that its readers refuse.
+_OTHER_SUFFIXES = frozenset(
+    {".gguf", ".h5", ".hdf5", ".mlmodel", ".msgpack", ".npy", ".npz", ".onnx", ".pb", ".tflite"}
+)
 _SHARD_SIZE = 5_000_000_000
 # What a disk of today writes, and what Python and torch take: the estimate of a dry run needs them, and nothing else.
 _RATE = 1_000_000_000
@@ -194,6 +198,11 @@ def chosen_container(
         return container, _SHARD_SIZE if shards and target.suffix != ".safetensors" else None
     if target.suffix == ".safetensors":
         return "safetensors", None
+    if target.suffix in _OTHER_SUFFIXES:
+        raise CheckpointError(
+            f"{target}: {target.suffix} is the suffix of another format, which is not written.\n"
+            'Choose a name ending in ".safetensors" or ".pt".'
+        )
     if target.suffix in FILE_SUFFIXES or source.container.startswith("torch "):
         return "torch", None
     if source.container == "dcp":
