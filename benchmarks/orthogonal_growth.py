@@ -82,8 +82,11 @@ def _plot(found: dict[str, dict[tuple[str, str], list[tuple[int, float]]]], path
             style["linestyle"] = "-" if name == OURS else "--"
             axes.loglog(*zip(*points, strict=True), label=f"{map_name}, {name}", **style)
         axes.set(title=title, xlabel="k" if "x k" in title else "n")
-        axes.grid(which="major", alpha=0.3)
+        sizes = sorted({size for points in lines.values() for size, _ in points})
+        every = 1 + len(sizes) // 7
+        axes.set_xticks(sizes[::every], map(str, sizes[::every]))
         axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(which="major", alpha=0.3)
     panels[0].set_ylabel("forward and backward, ms")
     panels[0].legend(fontsize="small")
     figure.savefig(path, dpi=80)
