@@ -16,8 +16,13 @@ from torchkiln._core.state import AdvancingStep
 from torchkiln.families._contract import check_argument, check_positive, computed, inverted, largest
 from torchkiln.families._maps import norms
 from torchkiln.families._maps.convolution import Convolution, peak_of
-from torchkiln.families._maps.leading import Operator, leading_vector, starting_vector, watched_vectors
-from torchkiln.families._maps.leading import norms as stretched
+from torchkiln.families._maps.leading import (
+    Operator,
+    block_norms,
+    leading_vector,
+    starting_vector,
+    watched_vectors,
+)
 from torchkiln.families._maps.precision import full_precision, widen
 from torchkiln.families._maps.spectral_norm import as_matrix, divisor
 
@@ -136,7 +141,7 @@ class _OperatorNorm(AdvancingStep, Parametrization):
     def _norm(self, W: Tensor) -> Tensor:
         """Return the norm, differentiable."""
         v = self._vector(W.detach())
-        return stretched(self._operator(W)[0](v), self._blocks()).max()
+        return block_norms(self._operator(W)[0](v), self._blocks()).max()
 
     def _vector(self, W: Tensor) -> Tensor:
         if self.v is None:

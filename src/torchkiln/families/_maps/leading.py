@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchkiln.families._maps.norms import has_kernel
 
-__all__ = ["Operator", "leading_vector", "norms", "starting_vector", "watched_vectors"]
+__all__ = ["Operator", "block_norms", "leading_vector", "starting_vector", "watched_vectors"]
 
 # An operator on vectors of any shape, and its adjoint.
 Operator = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
@@ -63,7 +63,7 @@ def leading_vector(
     tolerance = max(tolerance, 32 * torch.finfo(v.dtype).eps)
     for _ in range(_MOST_SEARCHES):
         image = there(v)
-        if _is_settled(back(image), v, norms(image, blocks), tolerance=tolerance):
+        if _is_settled(back(image), v, block_norms(image, blocks), tolerance=tolerance):
             break
         v = _best_in_span(operator, v, _DEPTH, blocks=blocks)
     return v
@@ -80,7 +80,7 @@ def _best_in_span(operator: Operator, v: Tensor, depth: int, *, blocks: int) -> 
             image = image - ((Q.conj() @ image[..., None]).mT @ Q)[:, 0]
         # Where the span is complete there is no further direction.
         length = torch.linalg.vector_norm(image, dim=1, keepdim=True)
-        is_new = length > torch.finfo(v.dtype).eps * norms(images[-1], blocks)[:, None]
+        is_new = length > torch.finfo(v.dtype).eps * block_norms(images[-1], blocks)[:, None]
         basis.append(torch.where(is_new, image / length, 0))
     Q = torch.stack(basis[:-1], 1)
     T = Q.conj() @ torch.stack(images, 1).mT
@@ -90,7 +90,7 @@ def _best_in_span(operator: Operator, v: Tensor, depth: int, *, blocks: int) -> 
 
 def _is_settled(again: Tensor, v: Tensor, sigma: Tensor, *, tolerance: float) -> bool:
     squared = sigma.square()
-    rest = norms(again - _scaled(v, squared), sigma.numel())
+    rest = block_norms(again - _scaled(v, squared), sigma.numel())
     return bool((rest <= tolerance * squared.max()).all())
 
 
@@ -119,7 +119,7 @@ def watched_vectors(
 
 def _larger_first(operator: Operator, v: Tensor, watch: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """Return both vectors, that which the operator stretches more first, for each block."""
-    overtaken = norms(operator[0](watch), blocks) > norms(operator[0](v), blocks)
+    overtaken = block_norms(operator[0](watch), blocks) > block_norms(operator[0](v), blocks)
     v_, watch_ = v.reshape(blocks, -1), watch.reshape(blocks, -1)
     both = (torch.where(overtaken[:, None], one, other) for one, other in ((watch_, v_), (v_, watch_)))
     first, second = (one.view(v.shape) for one in both)
@@ -131,7 +131,7 @@ def _across(x: Tensor, v: Tensor, blocks: int) -> Tensor:
     return x - _scaled(v, along)
 
 
-def norms(x: Tensor, blocks: int) -> Tensor:
+def block_norms(x: Tensor, blocks: int) -> Tensor:
     """Return the length of each block of ``x``."""
     lengths: Tensor = torch.linalg.vector_norm(x.reshape(blocks, -1), dim=1)
     return lengths
@@ -143,7 +143,7 @@ def _scaled(x: Tensor, factors: Tensor) -> Tensor:
 
 def _unit(x: Tensor, fallback: Tensor, blocks: int) -> Tensor:
     """Return ``x`` with blocks of length 1; those that have it already, to rounding, as they are."""
-    length = norms(x, blocks)[:, None]
+    length = block_norms(x, blocks)[:, None]
     blocks_of_x, others = x.reshape(blocks, -1), fallback.reshape(blocks, -1)
     kept = (length - 1).abs() <= 32 * torch.finfo(x.dtype).eps
     unit = torch.where(kept, blocks_of_x, torch.where(length == 0, others, blocks_of_x / length))

@@ -16,7 +16,6 @@ from torchkiln.families._maps.precision import full_precision, widen
 __all__ = [
     "Iterate",
     "as_matrix",
-    "can_look",
     "divisor",
     "power_iteration",
     "restored",
@@ -84,7 +83,7 @@ def power_iteration(M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float) 
 def _iterate(M: Tensor, u: Tensor, v: Tensor, *, steps: int, eps: float) -> Iterate:
     adjoint = M.mH if M.is_complex() else M.t()
     product = _product if is_sharded(M) else torch.mv
-    normalize = _unit_at_hand if can_look(M) else unit
+    normalize = _unit_at_hand if _can_look(M) else unit
     image = None
     for _ in range(steps):
         u = normalize(product(M, v), eps, u)
@@ -127,7 +126,7 @@ def restored(x: Tensor) -> Tensor:
     return torch.where(is_unit | (norm == 0), x, (wide / norm).to(x.dtype))
 
 
-def can_look(x: Tensor) -> bool:
+def _can_look(x: Tensor) -> bool:
     """Say whether to look at a number is cheaper than to compute for either case: nobody waits, and it has a value."""
     return x.is_cpu and has_kernel(x)
 
@@ -205,7 +204,7 @@ def divisor(norm: Tensor, coefficient: float, *, cap: bool) -> Tensor:
 
 def _nonzero(norm: Tensor) -> Tensor:
     # To look at a number, where nobody has to wait for it, is cheaper than to compute for either case.
-    return norm if can_look(norm) and norm.item() else torch.where(norm == 0, 1, norm)
+    return norm if _can_look(norm) and norm.item() else torch.where(norm == 0, 1, norm)
 
 
 def _before_division(W: Tensor, u: Tensor, v: Tensor, D: Tensor, dim: int, G: Tensor) -> Tensor:
