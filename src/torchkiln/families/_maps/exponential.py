@@ -265,16 +265,18 @@ def _quotient(A: Tensor, kept: Sequence[Tensor], k: int) -> Tensor:
     steps, parts = _parts(A, halves, numbers)
     series, A, B, M, F, _ = parts
     (x, x1, x2), c, (s0, s1, s2, *_, s4) = series.first, series.cosine, series.sine
-    B2 = torch.sub(M, B, alpha=series.a)
-    W = torch.sub(F, M, alpha=x2).sub_(B, alpha=x1).sub_(A, alpha=x)
-    b, b2, w = (X[..., :k] for X in (B, B2, W))
-    # c(B) - c(0) over B, of degree 5, by W B = B^5 + 2 a B^4 + a^2 B^3.
+    square_a = series.a**2
+    a, b, m = (X[..., :k] for X in (A, B, M))
+    b2 = torch.sub(m, b, alpha=series.a)
+    # c(B) - c(0) over B is M times (c6 M B + c4 M + c3 B) and a sum of lower powers, as M^2 = B^4 + 2 a B^3 + a^2 B^2.
     c4 = c[5] - 2 * series.a * c[6]
-    c3 = c[4] - 2 * series.a * c4 - series.a**2 * c[6]
-    even = _plus_identity_(b * c[2] + b2 * (c[3] - series.a**2 * c4), c[1])
-    add_product_(even, W, _plus_identity_(b * c[6], c4))
-    add_product_(even, B2, b, alpha=c3)
-    total = (b2 * (s2 - s4 * series.a**2)).add_(b, alpha=s1).add_(w, alpha=s4)
+    c3 = c[4] - 2 * series.a * c4 - square_a * c[6]
+    inner = add_product_(torch.add(b * c3, m, alpha=c4), M, b, alpha=c[6])
+    even = torch.add(b * c[2], b2, alpha=c[3] - square_a * c4 - series.a * c3)
+    add_product_(_plus_identity_(even, c[1]), M, inner)
+    total = torch.add(b * s1, b2, alpha=s2 - s4 * square_a)
+    if series.squares == 3:
+        total.add_(F[..., :k].sub(m, alpha=x2).sub_(b, alpha=x1).sub_(a, alpha=x), alpha=s4)
     total = add_product_(_plus_identity_(total, s0), A, even)
     for step, R in zip(computed(steps), _roots(steps, parts), strict=True):
         total = taken(step, steps, new=add_product(total, R, total, beta=0.5, alpha=0.5), old=total)
