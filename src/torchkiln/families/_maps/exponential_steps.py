@@ -38,8 +38,8 @@ def divided(X: Tensor, steps: Steps, *, times: int = 1) -> Tensor:
     """Return ``X`` over two to the power of so many times ``steps``; where those are too many, nothing of use."""
     if isinstance(steps, int):
         return X / 2 ** (times * steps) if steps else X
-    # By a shift: powers of floats need not be exact.
-    return torch.where(steps <= _MOST, X / (1 << times * steps), torch.nan)
+    # By a shift: powers of floats need not be exact. Filled: torch.where would copy the number from the host.
+    return (X / (1 << times * steps)).masked_fill_(steps > _MOST, torch.nan)
 
 
 def computed(steps: Steps) -> range:
