@@ -1,6 +1,7 @@
 """What a folded tensor has to be, some rows at a time, by other formulas than those that made it.
 
-The formulas run over blocks that stay in the processor's cache, and so need no memory to speak of.
+The formulas run over blocks that stay in the processor's cache, and so need no memory to speak of; orthogonal matrices,
+which torch's maps make, are made by torchkiln's.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def expected(found: Found, value: Tensor, evaluation: Evaluation) -> Expected | 
     if kind == "spectral_norm" and evaluation.dim is not None:
         u, v = (found.read(key).detach().double() for key in item.steps[0].state)
         return _spectral_norm(originals[0], u, v, evaluation.dim)
+    if kind == "orthogonal":
+        base = [found.read(key).detach() for key in item.steps[0].state]
+        return _orthogonal(originals[0], *base, name=item.steps[0].map)
     return None
 
 
@@ -112,3 +116,16 @@ def _spectral_norm(W: Tensor, u: Tensor, v: Tensor, dim: int) -> Expected:
             sigma += torch.einsum("abrc,r,abc->", part.reshape(-1, between, len(u), behind), u, v[rows])
     dtype = fold.compute_dtype(W.dtype)
     return lambda rows: W[rows].to(dtype) / sigma.to(dtype)
+
+
+def _orthogonal(X: Tensor, base: Tensor | None = None, *, name: str | None) -> Expected | None:
+    from torchkiln.families._maps.orthogonal import cayley, exponential, householder
+
+    maps = {"cayley": cayley, "householder": householder, "matrix_exp": exponential}
+    if name not in maps or (base is not None and not base.is_floating_point()):
+        return None
+    wide = X.shape[-2] < X.shape[-1]
+    Q = maps[name]((X.mT if wide else X).double())
+    Q = Q if base is None else base.double() @ Q
+    whole = Q.mT if wide else Q
+    return lambda rows: whole[rows]

@@ -50,8 +50,10 @@ def check(found: Found, value: Tensor, evaluation: Evaluation) -> None:
     """
     precision = _least_precise(found.item.entry.dtype, value.dtype)
     exact = None if evaluation.warnings else expected(found, value, evaluation)
-    if exact is not None and _relative(value, exact) <= tolerance(precision, folded=True):
-        return
+    if exact is not None:
+        absolute, relative = _compared(value, exact)
+        if _grown(found, value, absolute, relative) <= tolerance(precision, folded=True):
+            return
     # Not a case for blocks, or values that are not finite, which are equal where they are the same.
     _compare(found, value, found.exact(found.item).tensor)
 
@@ -158,8 +160,8 @@ def _least_precise(one: torch.dtype, two: torch.dtype) -> torch.dtype:
     return max(floating, key=lambda dtype: torch.finfo(dtype).eps) if len(floating) == 2 else one
 
 
-def _relative(value: Tensor, exact: Expected) -> float:
-    """Return the largest difference over the largest magnitude, NaN if there is a NaN."""
+def _compared(value: Tensor, exact: Expected) -> tuple[float, float]:
+    """Return the largest difference, and the same over the largest magnitude; NaN if there is a NaN."""
     largest = scale = 0.0
     for block in slices(value):
         mine, other = value[block], exact(block)
@@ -167,7 +169,7 @@ def _relative(value: Tensor, exact: Expected) -> float:
             difference = magnitude(other.sub_(mine))
             largest = difference if math.isnan(difference) else max(largest, difference)
             scale = max(scale, magnitude(mine))
-    return largest / scale if scale else largest
+    return largest, largest / scale if scale else largest
 
 
 def magnitude(tensor: Tensor) -> float:
@@ -187,9 +189,14 @@ def differences(found: Found, value: Tensor, exact: Tensor) -> tuple[float, floa
     small entries are as far off as large ones.
     """
     absolute, relative = errors(value, exact)
-    if value.numel() and any(step.kind == "orthogonal" for step in found.item.steps):
-        relative = absolute / (max(_longest(value)) * (1 + _squarings(found) / _ROUNDINGS))
-    return absolute, relative
+    return absolute, _grown(found, value, absolute, relative)
+
+
+def _grown(found: Found, value: Tensor, absolute: float, relative: float) -> float:
+    """Return the difference relative to what rounding grows with."""
+    if not value.numel() or all(step.kind != "orthogonal" for step in found.item.steps):
+        return relative
+    return absolute / (max(_longest(value)) * (1 + _squarings(found) / _ROUNDINGS))
 
 
 def _squarings(found: Found) -> float:
