@@ -1,10 +1,10 @@
 r"""The exponential of skew-Hermitian matrices and its derivative, by few products and in few buffers.
 
 **Value.** :math:`e^A = (e^{A/2^s})^{2^s}`, the inner one as C + S, an even and an odd polynomial: the Chebyshev series
-of cos and sin on the interval of the spectrum, which need fewer terms than Taylor's. Four products make both. Three
-are squares of skew or Hermitian matrices, of which one half is computed and the other its adjoint:
+of cos and sin on the interval of the spectrum, which need fewer terms than Taylor's. Four products make both, and three
+near zero. All but one are squares of skew or Hermitian matrices, of which one half is computed, the other its adjoint:
 
-.. math:: B = A^2, \quad M = B^2 + a B, \quad W = M^2, \quad C + S = y F H + \ldots
+.. math:: B = A^2, \quad M = B^2 + a B, \quad W = M^2, \quad C + S = f F H + \ldots
 
 F is W, H is M, each with a sum of lower powers, and what is added is such a sum. As A is normal, traces of its powers
 bound its norm well, and s stays small.
@@ -13,8 +13,9 @@ bound its norm well, and s stays small.
 skew one, so that a square costs one product; there are five in all, and two for each of the s squarings. The Hermitian
 part of F and M are kept as the two halves of one matrix.
 
-s and the coefficients are chosen on the host, from a few numbers: a device is waited for once, in the value alone.
-While a graph is captured, which forbids it, the device chooses s itself.
+s and the coefficients are chosen on the host, from a few numbers: a device is waited for once, in the value alone, and
+again where powers overflow. While a graph is captured, which forbids it, the device chooses s itself. That is not the
+rule, for it has to compute twelve squarings, and their derivatives, whether they are needed or not.
 """
 
 from __future__ import annotations
@@ -157,7 +158,9 @@ def _evaluated(series: Series, A: Tensor, B: Tensor, B2: Tensor) -> tuple[_Parts
 def _with_factors(series: Series, A: Tensor, B: Tensor, M: Tensor, hermitian: Tensor) -> _Parts:
     """Return the parts by the Hermitian part of F, which is used up."""
     y0, y, y1 = series.second
-    H = _plus_identity_(torch.add(M, B, alpha=y1).add_(A, alpha=y), y0)
+    H = _plus_identity_(torch.add(M, A, alpha=y), y0)
+    if y1:
+        H.add_(B, alpha=y1)
     return _Parts(series, A, B, M, hermitian.add_(A, alpha=series.first[0]), H)
 
 
@@ -216,7 +219,9 @@ def _through_products(parts: _Parts, G: Tensor) -> Tensor:
     if series.squares == 3:
         add_product_(total, M, plus_adjoint(of_F))
     add_product_(total, B, plus_adjoint(total), beta=series.a)
-    total.add_(of_F, alpha=x1).add_(of_H, alpha=y1).add_(G, alpha=z1)
+    total.add_(of_F, alpha=x1).add_(G, alpha=z1)
+    if y1:
+        total.add_(of_H, alpha=y1)
     return add_product_(of_F, A, plus_adjoint(total), beta=x, alpha=-1).add_(of_H, alpha=y)
 
 
