@@ -400,7 +400,7 @@ INDICES = {
     "backslash": ("..\\one.safetensors", "which is not a file beside it"),
     "itself": (".", "which is not a file beside it"),
     "nul": ("one\0.safetensors", "which is not a file beside it"),
-    "missing": ("two.safetensors", "no such file"),
+    "missing": ("two.safetensors", "names the shard two.safetensors, which is not there"),
     "number": (7, "no weight_map from tensors to files"),
 }
 

@@ -42,7 +42,7 @@ def test_a_dry_run_says_what_it_would_do(run: Run, blocks: Path, tmp_path: Path)
     assert (result.status, result.err) == (0, "")
     assert "13 tensors would be rewritten" in result.out
     assert re.search(
-        r"dry run: nothing was written\. [\d,]+ bytes of torch would be: .* about \d+ MB of memory",
+        r"dry run: nothing was written\. It would be [\d,]+ bytes of torch, of which .* in about \d+ MB of memory",
         result.out,
     )
     assert not (tmp_path / "out.pt").exists()

@@ -35,7 +35,7 @@ class Note:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.level}: {self.text}"
+        return f"{'note' if self.level == 'info' else self.level}: {self.text}"
 
 
 class _Report:
@@ -134,7 +134,8 @@ class Inspection(_Report):
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
-        head = f"{self.path}: {self.container}, {self.size_bytes:,} bytes, {_count(self.tensors)} ({kinds})"
+        head = f"{self.path}: {self.container}, {self.size_bytes:,} bytes, {_count(self.tensors)}"
+        head += f" ({kinds})" if kinds else ""
         cells = [
             (r.name, r.spelling, _size(r.shape), r.dtype, _dim(r.dim), " ".join(r.keys)) for r in self.rows
         ]

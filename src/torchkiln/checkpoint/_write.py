@@ -161,9 +161,9 @@ def plan_notes(file: CheckpointFile, plan: Plan, *, dry_run: bool) -> Iterator[N
         yield Note(
             "info",
             "",
-            f"dry run: nothing was written. {plan.size:,} bytes of {plan.container} would be: {plan.copied:,} copied, "
-            f"{plan.computed:,} computed, in about {max(1, round(plan.size / _RATE))} s at {_RATE / 1e9:g} GB/s "
-            f"and about {memory:,.0f} MB of memory",
+            f"dry run: nothing was written. It would be {plan.size:,} bytes of {plan.container}, of which "
+            f"{plan.copied:,} are copied and {plan.computed:,} computed: about {max(1, round(plan.size / _RATE))} s at "
+            f"{_RATE / 1e9:g} GB/s, in about {memory:,.0f} MB of memory",
         )
 
 
