@@ -284,7 +284,8 @@ class ConvSpectralNorm(_OperatorNorm):
     - ``"bound"``: a certified bound for images of every size, from the transfer function on a grid of frequencies. For
       zero padding it is above the norm that large images approach by the tolerance at most; looser for other paddings.
     - ``"exact"``: for circular padding, at one size of images: the transfer function at their frequencies.
-    - ``"power"``: iteration on the convolution itself at one size; an estimate from below, within the tolerance.
+    - ``"power"``: iteration on the convolution itself at one size; an estimate from below, within the tolerance but for
+      the few steps of training in which another direction becomes the largest.
 
     Numerics:
         Zeros stay zeros. The gradient takes the singular vectors for constants, as that of :class:`SpectralNorm` does.

@@ -19,9 +19,8 @@ _MOST_SEARCHES = 200
 _DEPTH = 6
 # Where the host cannot look at numbers, in a graph or under torch.func, there is one search, of this depth.
 _BLIND_DEPTH = 24
-# How much of a general direction is mixed in, and how many steps are taken, to see whether another is the largest.
-_TRACE = 0.01
-_LOOKS = 4
+# How much of a general direction is mixed in to see whether another is the largest.
+_TRACE = 0.1
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -108,11 +107,11 @@ def watched_vectors(
     v = leading_vector(operator, v, steps=1, tolerance=tolerance, blocks=blocks)
     if has_kernel(v) and torch.equal(v, before):
         return v, watch
+    there, back = operator
     start = starting_vector(tuple(v.shape), v)
-    watch = watch + _TRACE * start
-    for _ in range(_LOOKS):
-        image = operator[1](operator[0](_across(watch, v, blocks)))
-        watch = _unit(_across(image, v, blocks), start, blocks)
+    watch = _unit(_across(watch + _TRACE * start, v, blocks), start, blocks)
+    beside = (lambda x: there(_across(x, v, blocks))), (lambda y: _across(back(y), v, blocks))
+    watch = _best_in_span(beside, watch, _DEPTH, blocks=blocks)
     v, watch = _larger_first(operator, v, watch, blocks)
     return leading_vector(operator, v, steps=1, tolerance=tolerance, blocks=blocks), watch
 
