@@ -27,7 +27,7 @@ __all__ = [
 _autocasts = torch._C._is_any_autocast_enabled
 _NARROW = (torch.float16, torch.bfloat16)
 # From this many numbers on, reading them less often pays for a call of Python in the backward pass.
-LARGE = 2**13
+LARGE = 2**15
 
 
 def as_matrix(W: Tensor, dim: int) -> Tensor:
