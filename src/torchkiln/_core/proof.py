@@ -117,7 +117,7 @@ class Proof:
     def renew(self, value: Tensor, chain: nn.Module, *, graph: Graph) -> bool:
         """Prove ``value``, computed now, instead; return whether it was computed from the same tensors and modules.
 
-        That takes a third of the time of a new proof.
+        That takes half of the time of a new proof.
         """
         if self.chain() is not chain:
             return False
