@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,14 @@ import torch
 
 from torchkiln import checkpoint
 from torchkiln._core.errors import CheckpointError
+
+# What torch says of kinds of tensors that are new or old, as it makes and reads them.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse CS[CR] tensor support is in beta state:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*quantize_per_tensor.*are deprecated:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning"),
+]
 
 
 def normed() -> dict[str, torch.Tensor]:
@@ -27,9 +34,7 @@ def unusual(kind: str) -> torch.Tensor:
         "quantized": lambda: torch.quantize_per_tensor(torch.eye(3), 0.5, 0, torch.qint8),
         "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, on kinds that are new or old
-        return made[kind]()
+    return made[kind]()
 
 
 SPARSE = pytest.mark.parametrize("kind", ["sparse", "sparse rows", "sparse columns"])
@@ -105,7 +110,6 @@ def test_a_nested_tensor_is_refused_by_name(tmp_path: Path) -> None:
         checkpoint.inspect(tmp_path / "in.pt")
 
 
-@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor.*are deprecated:UserWarning")
 def test_quantized_tensors_are_copied_and_compared(tmp_path: Path) -> None:
     torch.save({**normed(), "other": unusual("quantized")}, tmp_path / "in.pt")
     checkpoint.bake(tmp_path / "in.pt", tmp_path / "out.pt", dtype=torch.float64)

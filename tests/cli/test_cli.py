@@ -199,6 +199,13 @@ def test_verify_says_no_where_two_files_differ(run: Run, blocks: Path, tmp_path:
     assert re.search(r"blocks\.7\.weight .*NOT OK", result.out)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+def test_what_torch_says_of_kinds_of_tensors_is_not_repeated(run: Run) -> None:
+    torch.save({"w_g": torch.ones(2, 1), "w_v": torch.ones(2, 3), "c": torch.eye(2).to_sparse_csr()}, "in.pt")
+    result = run("bake", "in.pt", "-o", "out.pt")
+    assert (result.status, result.err) == (0, "")
+
+
 def test_verify_says_once_what_is_wrong(run: Run, tmp_path: Path) -> None:
     torch.save({"net": {"w_g": torch.ones(2, 1), "w_v": torch.zeros(2, 3)}}, tmp_path / "in.pt")
     result = run("verify", "in.pt")

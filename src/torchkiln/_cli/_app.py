@@ -385,7 +385,8 @@ def _ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
-    """Print torchkiln's own warnings as one line each, without the source line that raised them."""
+    """Print torchkiln's own warnings as one line each, without the line that raised them, and none of torch's."""
+    torchs = str(Path(torch.__file__).parent)
 
     def show(
         message: Warning | str,
@@ -397,7 +398,7 @@ def _warnings_on_stderr() -> Iterator[None]:
     ) -> None:
         if issubclass(category, TorchkilnWarning):
             _console.complain("warning", message)
-        else:
+        elif not filename.startswith(torchs):  # that a kind of tensor is new or old concerns whoever saved it
             usual(message, category, filename, lineno, file, line)
 
     with warnings.catch_warnings():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -95,9 +94,7 @@ def _is_native(records: Mapping[str, Extent]) -> bool:
 def _torch_load(path: Path, *, device: str) -> Any:
     try:
         # A stream, because torch.load takes a suffix for the container, whatever the file is.
-        with path.open("rb") as file, warnings.catch_warnings():
-            # That a kind of tensor is new or old concerns whoever wrote it.
-            warnings.simplefilter("ignore")
+        with path.open("rb") as file:
             return torch.load(file, map_location=device, weights_only=True)
     except NotImplementedError:
         raise
