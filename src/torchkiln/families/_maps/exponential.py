@@ -22,14 +22,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from torchkiln.families._maps.explicit import around, around_adjoint
-from torchkiln.families._maps.exponential_series import Series, moments, plan, spectral_bound, widest
+from torchkiln.families._maps.exponential_polynomial import (
+    Parts,
+    evaluated,
+    exponential,
+    minus_one,
+    plus_identity_,
+    through_products,
+    with_factors,
+)
+from torchkiln.families._maps.exponential_series import moments, plan, spectral_bound, widest
 from torchkiln.families._maps.exponential_steps import (
     Steps,
     can_wait,
@@ -38,7 +46,7 @@ from torchkiln.families._maps.exponential_steps import (
     divided,
     taken,
 )
-from torchkiln.families._maps.hermitian import minus_adjoint, packed, plus_adjoint, square, unpacked
+from torchkiln.families._maps.hermitian import minus_adjoint, square, unpacked
 from torchkiln.families._maps.products import add_product, add_product_
 from torchkiln.families._maps.skew import SkewFunction
 
@@ -103,8 +111,8 @@ def _by_host(A: Tensor, B: Tensor, B2: Tensor, bound: float, *, size: float = 1)
     scale = size / 2**steps
     if scale != 1:
         A, B, B2 = A * scale, B.mul_(scale**2), B2.mul_(scale**4)
-    parts, halves = _evaluated(series, A, B, B2)
-    Q = _squared(_minus_one(parts, out=parts.M), steps) if steps else _exponential(parts, out=parts.M)
+    parts, halves = evaluated(series, A, B, B2)
+    Q = _squared(minus_one(parts, out=parts.M), steps) if steps else exponential(parts, out=parts.M)
     return Q, (halves, A.new_full(A.shape[:-2], bound, dtype=torch.float64, device="cpu"))
 
 
@@ -114,8 +122,8 @@ def _by_device(A: Tensor, B: Tensor, B2: Tensor) -> tuple[Tensor, Kept]:
     kept = chosen_by_device(moments(B, B2), A, radius)
     steps = kept[..., None, None]
     A, B, B2 = (divided(X, steps, times=times) for X, times in ((A, 1), (B, 2), (B2, 4)))
-    parts, halves = _evaluated(series, A, B, B2)
-    return _squared(_minus_one(parts, out=parts.M), steps), (halves, kept)
+    parts, halves = evaluated(series, A, B, B2)
+    return _squared(minus_one(parts, out=parts.M), steps), (halves, kept)
 
 
 def _squared(D: Tensor, steps: Steps) -> Tensor:
@@ -125,69 +133,9 @@ def _squared(D: Tensor, steps: Steps) -> Tensor:
         D = taken(step, steps, new=add_product(D, D, D, beta=2), old=D)
         # Each squaring doubles what the last one left to orthogonality: one step of Newton and Schulz takes it away.
         if step % 8 == 0 or step == last > 2:
-            Q = _plus_identity_(D.clone())
-            D = add_product(D, Q, _plus_identity_(-(Q.mH @ Q)), alpha=0.5)
-    return _plus_identity_(D)
-
-
-# --- its parts ----------------------------------------------------------------------------------------------------
-
-
-class _Parts(NamedTuple):
-    """What the exponential consists of: A, its powers, and F and H, of whose product it is a sum."""
-
-    series: Series
-    A: Tensor
-    B: Tensor
-    M: Tensor
-    F: Tensor
-    H: Tensor
-
-
-def _evaluated(series: Series, A: Tensor, B: Tensor, B2: Tensor) -> tuple[_Parts, Tensor]:
-    """Return the parts by A and its powers, and what is kept of them; ``B2`` is used up."""
-    _, x1, x2 = series.first
-    if series.squares == 2:
-        return _with_factors(series, A, B, B2, torch.add(B2, B, alpha=x1)), packed(B2, B)
-    M = B2.add_(B, alpha=series.a)
-    hermitian = square(M).add_(M, alpha=x2).add_(B, alpha=x1)
-    halves = packed(hermitian, M)
-    return _with_factors(series, A, B, M, hermitian), halves
-
-
-def _with_factors(series: Series, A: Tensor, B: Tensor, M: Tensor, hermitian: Tensor) -> _Parts:
-    """Return the parts by the Hermitian part of F, which is used up."""
-    y0, y, y1 = series.second
-    H = _plus_identity_(torch.add(M, A, alpha=y), y0)
-    if y1:
-        H.add_(B, alpha=y1)
-    return _Parts(series, A, B, M, hermitian.add_(A, alpha=series.first[0]), H)
-
-
-def _exponential(parts: _Parts, *, out: Tensor | None = None) -> Tensor:
-    return _plus_identity_(_product_and_rest(parts, out), 1 + parts.series.rest[0])
-
-
-def _minus_one(parts: _Parts, *, out: Tensor | None = None) -> Tensor:
-    return _plus_identity_(_product_and_rest(parts, out), parts.series.rest[0])
-
-
-def _product_and_rest(parts: _Parts, out: Tensor | None) -> Tensor:
-    series, _, B, M, F, H = parts
-    _, z1, z2 = series.rest
-    return add_product_(torch.add(B, M, alpha=z2 / z1, out=out), F, H, beta=z1, alpha=series.factor)
-
-
-def _plus_identity_(A: Tensor, factor: float = 1) -> Tensor:
-    A.diagonal(dim1=-2, dim2=-1).add_(factor)
-    return A
-
-
-def _product(A: Tensor, B: Tensor, factor: float, *, out: Tensor | None = None) -> Tensor:
-    """Return a multiple of ``A B``."""
-    multiply = torch.addmm if A.ndim == 2 else torch.baddbmm
-    result: Tensor = multiply(B, A, B, beta=0, alpha=factor, out=out)
-    return result
+            Q = plus_identity_(D.clone())
+            D = add_product(D, Q, plus_identity_(-(Q.mH @ Q)), alpha=0.5)
+    return plus_identity_(D)
 
 
 # --- the derivative -----------------------------------------------------------------------------------------------
@@ -206,26 +154,10 @@ def _pulled_back(A: Tensor, kept: Sequence[Tensor], G: Tensor) -> Tensor:
     steps, parts = _parts(A, halves, numbers)
     for step, R in zip(reversed(computed(steps)), reversed(_roots(steps, parts)), strict=True):
         G = taken(step, steps, new=add_product(G @ R.mH, R.mH, G), old=G)
-    return divided(minus_adjoint(_through_products(parts, G)), steps)
+    return divided(minus_adjoint(through_products(parts, G)), steps)
 
 
-def _through_products(parts: _Parts, G: Tensor) -> Tensor:
-    """Return a matrix with that skew-Hermitian part, without squarings; F and H are used up."""
-    series, A, B, M, F, H = parts
-    (x, x1, x2), (_, y, y1), (_, z1, z2) = series.first, series.second, series.rest
-    of_F = _product(G, H.mH, series.factor)
-    of_H = _product(F.mH, G, series.factor, out=H)
-    total = torch.add(of_H, of_F, alpha=x2, out=F).add_(G, alpha=z2)
-    if series.squares == 3:
-        add_product_(total, M, plus_adjoint(of_F))
-    add_product_(total, B, plus_adjoint(total), beta=series.a)
-    total.add_(of_F, alpha=x1).add_(G, alpha=z1)
-    if y1:
-        total.add_(of_H, alpha=y1)
-    return add_product_(of_F, A, plus_adjoint(total), beta=x, alpha=-1).add_(of_H, alpha=y)
-
-
-def _parts(A: Tensor, halves: Tensor, numbers: Tensor) -> tuple[Steps, _Parts]:
+def _parts(A: Tensor, halves: Tensor, numbers: Tensor) -> tuple[Steps, Parts]:
     """Return s, and the parts of the exponential of :math:`A/2^s` by what was kept."""
     steps: Steps
     if numbers.is_floating_point():
@@ -235,10 +167,10 @@ def _parts(A: Tensor, halves: Tensor, numbers: Tensor) -> tuple[Steps, _Parts]:
     A = divided(A, steps)
     if series.squares == 2:
         M, B = unpacked(halves, _squares(A).neg_())
-        return steps, _with_factors(series, A, B, M, torch.add(M, B, alpha=series.first[1]))
+        return steps, with_factors(series, A, B, M, torch.add(M, B, alpha=series.first[1]))
     B = square(A)
     hermitian, M = unpacked(halves, _squares(B).add_(B.diagonal(dim1=-2, dim2=-1).real, alpha=series.a))
-    return steps, _with_factors(series, A, B, M, hermitian)
+    return steps, with_factors(series, A, B, M, hermitian)
 
 
 def _squares(X: Tensor) -> Tensor:
@@ -247,11 +179,11 @@ def _squares(X: Tensor) -> Tensor:
     return lengths.square_()
 
 
-def _roots(steps: Steps, parts: _Parts) -> list[Tensor]:
+def _roots(steps: Steps, parts: Parts) -> list[Tensor]:
     """Return what is squared: the exponential of :math:`A/2^s`, its square and so on."""
     roots: list[Tensor] = []
     for _ in computed(steps):
-        roots.append(roots[-1] @ roots[-1] if roots else _exponential(parts))
+        roots.append(roots[-1] @ roots[-1] if roots else exponential(parts))
     return roots
 
 
@@ -278,11 +210,11 @@ def _quotient(A: Tensor, kept: Sequence[Tensor], k: int) -> Tensor:
     c3 = c[4] - 2 * series.a * c4 - square_a * c[6]
     inner = add_product_(torch.add(b * c3, m, alpha=c4), M, b, alpha=c[6])
     even = torch.add(b * c[2], b2, alpha=c[3] - square_a * c4 - series.a * c3)
-    add_product_(_plus_identity_(even, c[1]), M, inner)
+    add_product_(plus_identity_(even, c[1]), M, inner)
     total = torch.add(b * s1, b2, alpha=s2 - s4 * square_a)
     if series.squares == 3:
         total.add_(F[..., :k].sub(m, alpha=x2).sub_(b, alpha=x1).sub_(a, alpha=x), alpha=s4)
-    total = add_product_(_plus_identity_(total, s0), A, even)
+    total = add_product_(plus_identity_(total, s0), A, even)
     for step, R in zip(computed(steps), _roots(steps, parts), strict=True):
         total = taken(step, steps, new=add_product(total, R, total, beta=0.5, alpha=0.5), old=total)
     result: Tensor = total[..., :k, :]
