@@ -122,6 +122,20 @@ def test_compiled(f: Map, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(torch.autograd.grad(value, X), torch.autograd.grad(expected, X))
 
 
+@pytest.mark.parametrize("name", _MAPS)
+@pytest.mark.parametrize("based", [False, True], ids=["bare", "around a base"])
+@pytest.mark.parametrize("shape", [(60, 60), (60, 40), (60, 20), (140, 140), (140, 20), (2, 60, 60)], ids=str)
+@pytest.mark.parametrize("in_columns", [False, True], ids=["rows", "columns"])
+def test_operators_are_laid_out_as_they_say(
+    name: str, shape: tuple[int, ...], *, based: bool, in_columns: bool
+) -> None:
+    """What the compiler builds on."""
+    X = free((*shape[:-2], shape[-1], shape[-2])).mT.detach() if in_columns else free(shape).detach()
+    base = torch.eye(shape[-2], dtype=X.dtype).expand(*shape[:-1], shape[-2]) if based else None
+    operator: Any = getattr(torch.ops.torchkiln, name)
+    torch.library.opcheck(operator.default, (X, base), test_utils=["test_schema", "test_faketensor"])
+
+
 class Applied(nn.Module):
     def __init__(self, f: Map) -> None:
         super().__init__()

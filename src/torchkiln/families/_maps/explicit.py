@@ -159,7 +159,7 @@ def _operators(
     def like(X: Tensor) -> Tensor:
         return torch.empty_like(X, memory_format=torch.contiguous_format)
 
-    forward.register_fake(lambda X, base: [like(X), *kept_like(X, base)])
+    forward.register_fake(lambda X, base: [like(X), *kept_like(like(X), base)])
     backward.register_fake(lambda X, _base, _kept, _G: like(X))
 
     def setup_context(ctx: Any, inputs: tuple[Tensor, Base], output: list[Tensor]) -> None:

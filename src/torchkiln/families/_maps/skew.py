@@ -216,7 +216,7 @@ def _plain_thin(f: SkewFunction, X: Tensor) -> Tensor:
 def _kept_like_thin(f: SkewFunction, X: Tensor, _base: Base) -> tuple[Tensor, ...]:
     n, k = X.shape[-2:]
     A = X.new_empty(*X.shape[:-2], 2 * k, 2 * k)
-    return X.new_empty(*X.shape[:-2], n - k, k), A, *with_value(f.kept_like(A, None), A)
+    return X.new_empty(*X.shape[:-2], n - k, k), A, *with_value(f.kept_like(A, None), torch.empty_like(A))
 
 
 _THIN = _Form(_value_thin, _pullback_thin, _plain_thin, _kept_like_thin)
