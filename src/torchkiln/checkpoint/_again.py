@@ -125,7 +125,6 @@ def _orthogonal(X: Tensor, base: Tensor | None = None, *, name: str | None) -> E
     if name not in maps or (base is not None and not base.is_floating_point()):
         return None
     wide = X.shape[-2] < X.shape[-1]
-    Q = maps[name]((X.mT if wide else X).double())
-    Q = Q if base is None else base.double() @ Q
+    Q = maps[name]((X.mT if wide else X).double(), base if base is None else base.double())
     whole = Q.mT if wide else Q
     return lambda rows: whole[rows]
