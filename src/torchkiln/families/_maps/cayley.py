@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.families._maps.hermitian import minus_adjoint
-from torchkiln.families._maps.products import add_product
+from torchkiln.families._maps.products import add_product, plus_identity_
 from torchkiln.families._maps.skew import SkewFunction
 
 __all__ = ["CAYLEY"]
@@ -29,11 +29,11 @@ def _value(A: Tensor, base: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the Cayley transform of ``A`` around the base; to keep are N - I, with a base, and that value."""
     value = A.new_empty(0)
     if A.device.type != "cpu" or _is_large(A):
-        Q: Tensor = torch.linalg.solve_ex(_plus_identity(A, -0.5), _plus_identity(A, 0.5))[0]
-        return (Q, (value,)) if base is None else (base @ Q, (_plus_identity(Q, 0.5, -0.5), value))
+        Q: Tensor = torch.linalg.solve_ex(plus_identity_(A * -0.5), plus_identity_(A * 0.5))[0]
+        return (Q, (value,)) if base is None else (base @ Q, (plus_identity_(Q * 0.5, -0.5), value))
     D = _precisely_minus_one(A) if A.shape[-1] <= _PRECISE else _inverse_minus_one(A * -0.5)
     if base is None:
-        return _plus_identity(D, 2), (value,)
+        return plus_identity_(D.mul_(2)), (value,)
     return add_product(base, base, D, alpha=2), (D, value)
 
 
@@ -46,21 +46,14 @@ def _is_large(A: Tensor) -> bool:
 def _precisely_minus_one(A: Tensor) -> Tensor:
     """Return N - I."""
     half = A.to(torch.promote_types(A.dtype, torch.float64)) * 0.5
-    D: Tensor = torch.linalg.solve_ex(_plus_identity(half, -1), half)[0]
+    D: Tensor = torch.linalg.solve_ex(plus_identity_(-half), half)[0]
     return D.to(A.dtype)
-
-
-def _plus_identity(A: Tensor, factor: float, one: float = 1) -> Tensor:
-    """Return :math:`f A` plus ``one`` times the identity."""
-    result = A * factor
-    result.diagonal(dim1=-2, dim2=-1).add_(one)
-    return result
 
 
 def _pullback(_A: Tensor, base: Tensor | None, kept: Sequence[Tensor], G: Tensor) -> Tensor:
     """Return twice the skew-Hermitian part of the adjoint derivative of the transform applied to ``G``."""
     if base is None:
-        N = _plus_identity(kept[0], 0.5, 0.5).mH
+        N = plus_identity_(kept[0] * 0.5, 0.5).mH
         return minus_adjoint(N @ G @ N)
     D, BQ = kept
     P = ((BQ + base).mul_(0.5)).mH @ G
@@ -69,7 +62,7 @@ def _pullback(_A: Tensor, base: Tensor | None, kept: Sequence[Tensor], G: Tensor
 
 def _quotient(_A: Tensor, kept: Sequence[Tensor], k: int) -> Tensor:
     """Return the first ``k`` rows and columns of :math:`(c(A) - I) A^{-1} = N`, which A = 0 has as well."""
-    return _plus_identity(kept[0][..., :k, :k], 0.5, 0.5)
+    return plus_identity_(kept[0][..., :k, :k] * 0.5, 0.5)
 
 
 def _kept_like(A: Tensor, base: Tensor | None) -> tuple[Tensor, ...]:
@@ -105,7 +98,7 @@ def _inverse_minus_one(X: Tensor) -> Tensor:
 
 def _by_factors(X: Tensor) -> Tensor:
     """Return :math:`-X U^{-1} L^{-1} P^T`: solving from the right takes LAPACK half as long as from the left."""
-    factors, pivots, _ = torch.linalg.lu_factor_ex(_plus_identity(X, 1))
+    factors, pivots, _ = torch.linalg.lu_factor_ex(plus_identity_(X.clone()))
     P = torch.lu_unpack(factors, pivots, unpack_data=False)[0]
     solved = torch.linalg.solve_triangular(factors, X, upper=True, left=False)
     solved = torch.linalg.solve_triangular(factors, solved, upper=False, left=False, unitriangular=True)

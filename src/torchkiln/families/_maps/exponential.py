@@ -33,7 +33,6 @@ from torchkiln.families._maps.exponential_polynomial import (
     evaluated,
     exponential,
     minus_one,
-    plus_identity_,
     through_products,
     with_factors,
 )
@@ -47,7 +46,7 @@ from torchkiln.families._maps.exponential_steps import (
     taken,
 )
 from torchkiln.families._maps.hermitian import minus_adjoint, square, unpacked
-from torchkiln.families._maps.products import add_product, add_product_
+from torchkiln.families._maps.products import add_product, add_product_, plus_identity_
 from torchkiln.families._maps.skew import SkewFunction
 
 __all__ = ["EXPONENTIAL"]

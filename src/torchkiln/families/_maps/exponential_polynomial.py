@@ -15,14 +15,13 @@ from torch import Tensor
 
 from torchkiln.families._maps.exponential_series import Series
 from torchkiln.families._maps.hermitian import packed, plus_adjoint, square
-from torchkiln.families._maps.products import add_product_
+from torchkiln.families._maps.products import add_product, add_product_, plus_identity_
 
 __all__ = [
     "Parts",
     "evaluated",
     "exponential",
     "minus_one",
-    "plus_identity_",
     "through_products",
     "with_factors",
 ]
@@ -75,19 +74,6 @@ def _product_and_rest(parts: Parts, out: Tensor | None) -> Tensor:
     return add_product_(torch.add(B, M, alpha=z2 / z1, out=out), F, H, beta=z1, alpha=series.factor)
 
 
-def plus_identity_(A: Tensor, factor: float = 1) -> Tensor:
-    """Add a multiple of the identity to A, and return it."""
-    A.diagonal(dim1=-2, dim2=-1).add_(factor)
-    return A
-
-
-def _product(A: Tensor, B: Tensor, factor: float, *, out: Tensor | None = None) -> Tensor:
-    """Return a multiple of ``A B``."""
-    multiply = torch.addmm if A.ndim == 2 else torch.baddbmm
-    result: Tensor = multiply(B, A, B, beta=0, alpha=factor, out=out)
-    return result
-
-
 def through_products(parts: Parts, G: Tensor) -> Tensor:
     """Return a matrix whose skew-Hermitian part is that of the adjoint derivative at A, of G; F and H are used up.
 
@@ -96,8 +82,8 @@ def through_products(parts: Parts, G: Tensor) -> Tensor:
     """
     series, A, B, M, F, H = parts
     (x, x1, x2), (_, y, y1), (_, z1, z2) = series.first, series.second, series.rest
-    of_F = _product(G, H.mH, series.factor)
-    of_H = _product(F.mH, G, series.factor, out=H)
+    of_F = add_product(H.mH, G, H.mH, beta=0, alpha=series.factor)
+    of_H = add_product(G, F.mH, G, beta=0, alpha=series.factor, out=H)
     total = torch.add(of_H, of_F, alpha=x2, out=F).add_(G, alpha=z2)
     if series.squares == 3:
         add_product_(total, M, plus_adjoint(of_F))
