@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,18 @@ def test_seeds_are_checkpoints(name: str, tmp_path: Path) -> None:
     assert [read_everything(TARGETS[name], seed, tmp_path) for seed in seeds(name)].count(False) == 0
 
 
+@cache
+def _made_once(name: str) -> list[bytes]:
+    """Return the seeds: torch's older format writes addresses, which hypothesis must not see change."""
+    return list(seeds(name))
+
+
 @pytest.mark.parametrize("name", TARGETS)
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_seeds_are_read_or_refused(name: str, data: st.DataObject) -> None:
     """Cut, repeat and overwrite pieces, which keeps more of the structure than single bytes do."""
-    content = bytearray(data.draw(st.sampled_from(list(seeds(name)))))
+    content = bytearray(data.draw(st.sampled_from(_made_once(name))))
     for _ in range(data.draw(st.integers(1, 3))):
         start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
         piece = data.draw(st.one_of(st.binary(max_size=12), st.just(bytes(content[start:stop][:100]) * 2)))
@@ -46,7 +53,7 @@ def test_damaged_seeds_are_read_or_refused(name: str, data: st.DataObject) -> No
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(numbers=st.lists(st.integers(0, 1 << 32), min_size=1, max_size=4))
 def test_pickles_of_other_opcodes_are_read_or_refused(name: str, numbers: list[int]) -> None:
-    data = next(seeds(name))
+    data = _made_once(name)[0]
     for number in numbers:
         data = mutated(data, 20_000, number, bytewise=lambda content, size: content[:size])
     with tempfile.TemporaryDirectory() as folder:
